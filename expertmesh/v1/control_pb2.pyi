@@ -1,0 +1,168 @@
+from expertmesh.v1 import expert_pb2 as _expert_pb2
+from expertmesh.v1 import router_pb2 as _router_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AnnounceServerRequest(_message.Message):
+    __slots__ = ("server", "protocol_version", "checkpoint_digest", "started_at_ns", "layers")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_NS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    server: _router_pb2.ServerStatus
+    protocol_version: int
+    checkpoint_digest: str
+    started_at_ns: int
+    layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
+    def __init__(self, server: _Optional[_Union[_router_pb2.ServerStatus, _Mapping]] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., started_at_ns: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
+
+class AnnounceServerResponse(_message.Message):
+    __slots__ = ("oldest_epoch",)
+    OLDEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    oldest_epoch: int
+    def __init__(self, oldest_epoch: _Optional[int] = ...) -> None: ...
+
+class WatchClusterRequest(_message.Message):
+    __slots__ = ("router_id", "incarnation", "endpoint", "protocol_version", "checkpoint_digest")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    incarnation: str
+    endpoint: str
+    protocol_version: int
+    checkpoint_digest: str
+    def __init__(self, router_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., endpoint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ...) -> None: ...
+
+class WatchClusterResponse(_message.Message):
+    __slots__ = ("directory", "placement", "bias")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    directory: Directory
+    placement: Placement
+    bias: BiasUpdate
+    def __init__(self, directory: _Optional[_Union[Directory, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., bias: _Optional[_Union[BiasUpdate, _Mapping]] = ...) -> None: ...
+
+class Directory(_message.Message):
+    __slots__ = ("version", "servers", "routers")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    servers: _containers.RepeatedCompositeFieldContainer[_router_pb2.ServerStatus]
+    routers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[_router_pb2.ServerStatus, _Mapping]]] = ..., routers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("epoch", "servers")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    servers: _containers.RepeatedCompositeFieldContainer[ServerSlots]
+    def __init__(self, epoch: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[ServerSlots, _Mapping]]] = ...) -> None: ...
+
+class ServerSlots(_message.Message):
+    __slots__ = ("server_id", "layers")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
+    def __init__(self, server_id: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
+
+class BiasUpdate(_message.Message):
+    __slots__ = ("version", "mode", "layers")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    mode: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerBias]
+    def __init__(self, version: _Optional[int] = ..., mode: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerBias, _Mapping]]] = ...) -> None: ...
+
+class LayerBias(_message.Message):
+    __slots__ = ("layer", "delta")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    delta: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., delta: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ReportAssignmentsRequest(_message.Message):
+    __slots__ = ("source", "incarnation", "sequence", "layers", "bias_version", "epoch")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    incarnation: str
+    sequence: int
+    layers: _containers.RepeatedCompositeFieldContainer[_router_pb2.LayerLoad]
+    bias_version: int
+    epoch: int
+    def __init__(self, source: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class ReportAssignmentsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReportExecutionsRequest(_message.Message):
+    __slots__ = ("source", "incarnation", "sequence", "layers")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    incarnation: str
+    sequence: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerExecutions]
+    def __init__(self, source: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerExecutions, _Mapping]]] = ...) -> None: ...
+
+class LayerExecutions(_message.Message):
+    __slots__ = ("layer", "counts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReportExecutionsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetClusterLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetClusterLoadResponse(_message.Message):
+    __slots__ = ("layers", "executions", "bias_version", "epoch")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    EXECUTIONS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[_router_pb2.LayerLoad]
+    executions: _containers.RepeatedCompositeFieldContainer[LayerExecutions]
+    bias_version: int
+    epoch: int
+    def __init__(self, layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., executions: _Optional[_Iterable[_Union[LayerExecutions, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class SetBalanceModeRequest(_message.Message):
+    __slots__ = ("mode",)
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    def __init__(self, mode: _Optional[str] = ...) -> None: ...
+
+class SetBalanceModeResponse(_message.Message):
+    __slots__ = ("bias_version",)
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    bias_version: int
+    def __init__(self, bias_version: _Optional[int] = ...) -> None: ...

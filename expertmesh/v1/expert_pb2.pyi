@@ -1,0 +1,97 @@
+from expertmesh.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DescribeShardRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeShardResponse(_message.Message):
+    __slots__ = ("protocol_version", "checkpoint_digest", "server_id", "incarnation", "layers", "backend", "ready", "slot_digests")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    SLOT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    checkpoint_digest: str
+    server_id: str
+    incarnation: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerSlots]
+    backend: str
+    ready: bool
+    slot_digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., server_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerSlots, _Mapping]]] = ..., backend: _Optional[str] = ..., ready: bool = ..., slot_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LayerSlots(_message.Message):
+    __slots__ = ("layer", "experts")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ExecuteRequest(_message.Message):
+    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "epoch", "request_id")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    hidden_states: _tensor_pb2.Tensor
+    expert_ids: _tensor_pb2.Tensor
+    expert_weights: _tensor_pb2.Tensor
+    epoch: int
+    request_id: str
+    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ExecuteResponse(_message.Message):
+    __slots__ = ("hidden_states", "queue_us", "compute_us")
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    hidden_states: _tensor_pb2.Tensor
+    queue_us: int
+    compute_us: int
+    def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ...) -> None: ...
+
+class ExecuteStreamRequest(_message.Message):
+    __slots__ = ("frame_id", "execute", "chunk", "cancel", "timeout_us", "traceparent")
+    FRAME_ID_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    frame_id: int
+    execute: ExecuteRequest
+    chunk: _tensor_pb2.TensorChunk
+    cancel: CancelExecution
+    timeout_us: int
+    traceparent: str
+    def __init__(self, frame_id: _Optional[int] = ..., execute: _Optional[_Union[ExecuteRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelExecution, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class CancelExecution(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExecuteStreamResponse(_message.Message):
+    __slots__ = ("frame_id", "execute", "chunk", "error")
+    FRAME_ID_FIELD_NUMBER: _ClassVar[int]
+    EXECUTE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    frame_id: int
+    execute: ExecuteResponse
+    chunk: _tensor_pb2.TensorChunk
+    error: _tensor_pb2.FrameError
+    def __init__(self, frame_id: _Optional[int] = ..., execute: _Optional[_Union[ExecuteResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ...) -> None: ...

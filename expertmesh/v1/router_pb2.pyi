@@ -1,0 +1,207 @@
+from expertmesh.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class LayerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAYER_KIND_UNSPECIFIED: _ClassVar[LayerKind]
+    LAYER_KIND_DENSE: _ClassVar[LayerKind]
+    LAYER_KIND_MOE: _ClassVar[LayerKind]
+LAYER_KIND_UNSPECIFIED: LayerKind
+LAYER_KIND_DENSE: LayerKind
+LAYER_KIND_MOE: LayerKind
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeResponse(_message.Message):
+    __slots__ = ("protocol_version", "checkpoint_digest", "model_type", "hidden_size", "layers", "routers", "compute_type")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_TYPE_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    checkpoint_digest: str
+    model_type: str
+    hidden_size: int
+    layers: _containers.RepeatedCompositeFieldContainer[Layer]
+    routers: _containers.RepeatedScalarFieldContainer[str]
+    compute_type: _tensor_pb2.DataType
+    def __init__(self, protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., routers: _Optional[_Iterable[str]] = ..., compute_type: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
+
+class Layer(_message.Message):
+    __slots__ = ("index", "kind", "num_experts", "top_k", "has_shared_expert")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    HAS_SHARED_EXPERT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    kind: LayerKind
+    num_experts: int
+    top_k: int
+    has_shared_expert: bool
+    def __init__(self, index: _Optional[int] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., has_shared_expert: bool = ...) -> None: ...
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "non_finite_policy", "include_shared", "want_detail", "request_id")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    NON_FINITE_POLICY_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_SHARED_FIELD_NUMBER: _ClassVar[int]
+    WANT_DETAIL_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    hidden_states: _tensor_pb2.Tensor
+    expert_ids: _tensor_pb2.Tensor
+    expert_weights: _tensor_pb2.Tensor
+    non_finite_policy: _tensor_pb2.NonFinitePolicy
+    include_shared: bool
+    want_detail: bool
+    request_id: str
+    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., non_finite_policy: _Optional[_Union[_tensor_pb2.NonFinitePolicy, str]] = ..., include_shared: bool = ..., want_detail: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class ForwardResponse(_message.Message):
+    __slots__ = ("hidden_states", "expert_ids", "expert_weights", "bias_version", "epoch", "retried_pairs")
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    hidden_states: _tensor_pb2.Tensor
+    expert_ids: _tensor_pb2.Tensor
+    expert_weights: _tensor_pb2.Tensor
+    bias_version: int
+    epoch: int
+    retried_pairs: int
+    def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., retried_pairs: _Optional[int] = ...) -> None: ...
+
+class ForwardStreamRequest(_message.Message):
+    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent")
+    FRAME_ID_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    frame_id: int
+    forward: ForwardRequest
+    chunk: _tensor_pb2.TensorChunk
+    cancel: CancelFrame
+    timeout_us: int
+    traceparent: str
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+
+class CancelFrame(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ForwardStreamResponse(_message.Message):
+    __slots__ = ("frame_id", "forward", "chunk", "error")
+    FRAME_ID_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    frame_id: int
+    forward: ForwardResponse
+    chunk: _tensor_pb2.TensorChunk
+    error: _tensor_pb2.FrameError
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ...) -> None: ...
+
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("layers", "bias_version", "epoch")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
+    bias_version: int
+    epoch: int
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class LayerLoad(_message.Message):
+    __slots__ = ("layer", "counts", "caller_gated_counts", "max_violation", "top_k")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    CALLER_GATED_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_VIOLATION_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    caller_gated_counts: _containers.RepeatedScalarFieldContainer[int]
+    max_violation: float
+    top_k: int
+    def __init__(self, layer: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., caller_gated_counts: _Optional[_Iterable[int]] = ..., max_violation: _Optional[float] = ..., top_k: _Optional[int] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("ready", "reason", "servers", "bias_version", "epoch", "controller_connected", "controller", "pid", "balance_mode", "answered_requests", "retried_pairs")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLER_CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_MODE_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    RETRIED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    ready: bool
+    reason: str
+    servers: _containers.RepeatedCompositeFieldContainer[ServerStatus]
+    bias_version: int
+    epoch: int
+    controller_connected: bool
+    controller: str
+    pid: int
+    balance_mode: str
+    answered_requests: int
+    retried_pairs: int
+    def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ...) -> None: ...
+
+class ServerStatus(_message.Message):
+    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    endpoint: str
+    incarnation: str
+    state: str
+    connected: bool
+    slots: int
+    loaded_bytes: int
+    total_bytes: int
+    pid: int
+    node: str
+    backend: str
+    error: str
+    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
