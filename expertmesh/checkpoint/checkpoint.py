@@ -1,0 +1,217 @@
+"""The feed-forward half of a Hugging Face checkpoint: checked at open, read slot by slot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from expertmesh.checkpoint import fp8
+from expertmesh.checkpoint.config import Config
+from expertmesh.checkpoint.families import FAMILIES
+from expertmesh.checkpoint.family import Family
+from expertmesh.checkpoint.safetensors_file import memory
+from expertmesh.checkpoint.tensor_store import TensorStore, read_json
+from expertmesh.errors import CheckpointError, ConfigError
+from expertmesh.gating import check_gate
+from expertmesh.model import ExpertWeights, GateWeights, LayerSpec, ModelSpec, Slot
+
+_RUN_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Checkpoint:
+    """An open checkpoint folder. Reading is thread-safe; close it, or use it in a `with`.
+
+    Opening reads config.json and the headers of the weight files, and checks that every tensor of
+    every served layer is there with the right shape. Layers beyond `num_hidden_layers` (multi-token
+    prediction) are not served. Raises CheckpointError, naming the file and the tensor or key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = _read_config(path)
+        self._family = FAMILIES[str(config.get("model_type"))]
+        self._block = fp8.read_block(config)
+        layers = tuple(_read_layers(config, self._family))
+        self._tensors = TensorStore(path)
+        try:
+            self.spec = ModelSpec(
+                model_type=self._family.model_type,
+                hidden_size=config.size("hidden_size"),
+                dtype=self._run_dtype(config, layers[0]),
+                layers=layers,
+            )
+            for layer in layers:
+                self._check_layer(layer)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Opens and checks a checkpoint folder."""
+        return cls(Path(path))
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex sha256 that two folders share only when they hold the same model: over what
+        config.json means, every tensor's name and place, and samples of the data."""
+        return self._tensors.digest(json.dumps(asdict(self.spec), sort_keys=True, default=str))
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read so far by `read_expert` and `read_gate`."""
+        return self._tensors.bytes_read
+
+    def slot_bytes(self, slot: Slot) -> int:
+        """Bytes of a slot's weights on disk, FP8 scales included."""
+        layer = self._layer(slot.layer)
+        names = self._family.weight_names(layer, slot)
+        stored = [part for name in names for part in (name, self._scale_name(name)) if part]
+        return sum(self._tensors.info(name).num_bytes for name in stored)
+
+    def read_expert(self, slot: Slot, dtype: torch.dtype | None = None) -> ExpertWeights:
+        """One slot's weights, dequantised, in `dtype` (None: the checkpoint's own).
+
+        Raises CheckpointError when a weight is NaN or infinite, also when it became so in `dtype`.
+        """
+        names = self._family.weight_names(self._layer(slot.layer), slot)
+        return ExpertWeights(*(self._read(name, dtype or self.spec.dtype) for name in names))
+
+    def read_gate(self, layer: int, dtype: torch.dtype | None = None) -> GateWeights:
+        """What a router needs of one MoE layer, for a model that runs in `dtype` (None: the
+        checkpoint's own). The matrix is float32 where the family computes float32 logits."""
+        spec = self._layer(layer)
+        if spec.gate is None:
+            raise CheckpointError(f"{self.path}: layer {layer} is dense: it has no gate")
+        run_dtype = dtype or self.spec.dtype
+        weight = self._read(self._family.gate_name(layer), run_dtype)
+        bias = self._family.bias_name(layer)
+        shared_gate = self._family.shared_gate_name(spec)
+        return GateWeights(
+            weight=weight.float() if spec.gate.logits_float32 else weight,
+            bias=self._read(bias, torch.float32) if bias else torch.zeros(spec.num_experts),
+            shared_gate=self._read(shared_gate, run_dtype) if shared_gate else None,
+        )
+
+    def close(self) -> None:
+        """Closes the files. May be called again."""
+        self._tensors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _layer(self, index: int) -> LayerSpec:
+        layer = self.spec.layer(index)
+        if layer is None:
+            raise CheckpointError(f"{self.path}: has no layer {index}")
+        return layer
+
+    def _scale_name(self, name: str) -> str | None:
+        quantized = self._tensors.info(name).dtype == torch.float8_e4m3fn
+        return name + fp8.SCALE_SUFFIX if quantized else None
+
+    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._tensors.read(name)
+        scale_name = self._scale_name(name)
+        if scale_name and self._block:
+            tensor = fp8.dequantize(tensor, self._tensors.read(scale_name), self._block, dtype)
+        tensor = tensor.to(dtype)
+        # aminmax hands NaN on: one pass over the weights, nothing allocated
+        if not all(edge.isfinite() for edge in torch.aminmax(tensor)):
+            path = self._tensors.path_of(name)
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity (as {dtype})")
+        return tensor
+
+    def _run_dtype(self, config: Config, layer: LayerSpec) -> torch.dtype:
+        named = str(config.get("dtype")).removeprefix("torch.")
+        if named in _RUN_DTYPES:
+            return _RUN_DTYPES[named]
+        first = self._family.weight_names(layer, next(layer.slots()))[0]
+        stored = self._tensors.info(first).dtype
+        return stored if stored in _RUN_DTYPES.values() else torch.bfloat16
+
+    def _check_layer(self, layer: LayerSpec) -> None:
+        hidden = self.spec.hidden_size
+        for slot in layer.slots():
+            gate, up, down = self._family.weight_names(layer, slot)
+            width = layer.width(slot.expert)
+            self._check_tensor(gate, (width, hidden))
+            self._check_tensor(up, (width, hidden))
+            self._check_tensor(down, (hidden, width))
+        if layer.gate is not None:
+            self._check_tensor(self._family.gate_name(layer.index), (layer.num_experts, hidden))
+            if bias := self._family.bias_name(layer.index):
+                self._check_tensor(bias, (layer.num_experts,))
+            if shared_gate := self._family.shared_gate_name(layer):
+                self._check_tensor(shared_gate, (1, hidden))
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        info = self._tensors.info(name)
+        path = self._tensors.path_of(name)
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(info.shape)}, expected {list(shape)}"
+            )
+        if scale_name := self._scale_name(name):
+            if self._block is None or len(shape) != 2:
+                raise CheckpointError(
+                    f"{path}: {name} is float8, but config.json has no FP8 quantization_config"
+                )
+            self._check_tensor(scale_name, self._block.grid((shape[0], shape[1])))
+        elif info.dtype not in _RUN_DTYPES.values():
+            raise CheckpointError(f"{path}: {name} is {info.dtype}: not a dtype of weights")
+
+
+def slot_digest(weights: ExpertWeights) -> str:
+    """Hex sha256 over one slot's loaded weights: dtype, shapes and every byte."""
+    sha = hashlib.sha256()
+    for tensor in weights:
+        sha.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        whole = tensor.detach().cpu().contiguous()  # named: it must outlive its memory's hashing
+        sha.update(memory(whole))
+    return sha.hexdigest()
+
+
+def _read_config(path: Path) -> Config:
+    """config.json with its family's defaults; refuses what no family here computes."""
+    config = Config(path / "config.json", read_json(path / "config.json"))
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise CheckpointError(
+            f"{config.path}: model_type {config.get('model_type')!r} is not served; "
+            f"served: {', '.join(sorted(FAMILIES))}"
+        )
+    config = Config(config.path, config.values, family.defaults)
+    config.expect(family.expects)
+    return config
+
+
+def _read_layers(config: Config, family: Family) -> Iterator[LayerSpec]:
+    for index in range(config.size("num_hidden_layers")):
+        layer = family.layer_spec(config, index)
+        if layer.gate is not None:
+            try:
+                check_gate(layer.gate, layer.num_experts)
+            except ConfigError as error:
+                raise CheckpointError(f"{config.path}: layer {index}: {error}") from error
+        yield layer

@@ -1,0 +1,127 @@
+"""Every tensor of a checkpoint folder, in whichever of its files it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from expertmesh.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from expertmesh.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_SAMPLED_TENSORS = 1024  # at most, for the digest: one small read each
+_SAMPLE_BYTES = 64
+
+
+class TensorStore:
+    """The open files of one checkpoint. Reading is thread-safe.
+
+    A folder with both a single file and an index is read as transformers reads it: the single file.
+    Raises CheckpointError, naming the file and the tensor, when something is missing or garbled.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, SafetensorsFile] = {}
+        self._lock = threading.Lock()
+        self._bytes_read = 0
+        try:
+            self._open_all(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_all(self, folder: Path) -> None:
+        if (folder / SINGLE_FILE).exists():
+            self.listing = folder / SINGLE_FILE
+            self._files[SINGLE_FILE] = SafetensorsFile(self.listing)
+            self._file_of = dict.fromkeys(self._files[SINGLE_FILE].tensors, SINGLE_FILE)
+        elif (folder / INDEX_FILE).exists():
+            self.listing = folder / INDEX_FILE
+            self._file_of = _read_index(self.listing)
+            for name in sorted(set(self._file_of.values())):
+                self._files[name] = SafetensorsFile(folder / name)
+        else:
+            raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of all tensors read so far."""
+        return self._bytes_read
+
+    def close(self) -> None:
+        """Closes every file. May be called again."""
+        for file in self._files.values():
+            file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._find(name).path
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor."""
+        return self._find(name).tensors[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, in its stored dtype."""
+        file = self._find(name)
+        tensor = file.read(name)
+        with self._lock:
+            self._bytes_read += file.tensors[name].num_bytes
+        return tensor
+
+    def digest(self, header: str) -> str:
+        """Hex sha256 over `header`, every tensor's name, dtype, shape and place, and samples of
+        the data: cheap, the same on every machine, different for retrained weights."""
+        names = sorted(self._file_of)
+        sha = hashlib.sha256(header.encode())
+        for name in names:
+            info = self.info(name)
+            entry = [name, self._file_of[name], str(info.dtype), info.shape, info.start]
+            sha.update(json.dumps(entry).encode() + b"\n")
+        count = min(len(names), _SAMPLED_TENSORS)
+        for position in range(count):
+            name = names[position * len(names) // count]
+            sha.update(self._find(name).sample(name, _SAMPLE_BYTES))
+        return sha.hexdigest()
+
+    def _find(self, name: str) -> SafetensorsFile:
+        file_name = self._file_of.get(name)
+        if file_name is None:
+            raise CheckpointError(f"{self.listing}: {name} is missing")
+        file = self._files[file_name]
+        if name not in file.tensors:
+            raise CheckpointError(f"{file.path}: {name} is missing, but the index puts it here")
+        return file
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name → file name. Only plain names: an index must not reach outside its folder."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise CheckpointError(f"{path}: {tensor}: {name!r} is not a file name")
+    return weight_map
+
+
+def read_json(path: Path) -> Mapping[str, object]:
+    """A JSON object from a file. Raises CheckpointError naming the file."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return values

@@ -1,0 +1,333 @@
+"""The client: torch tensors in, torch tensors out, over one or several routers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import grpc.aio
+import torch
+
+from expertmesh.codec.messages import FORWARD_REQUEST, FORWARD_RESPONSE, ForwardRequest
+from expertmesh.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    MeshError,
+    UnavailableError,
+)
+from expertmesh.info import MeshInfo, MeshLoad, info_of, load_of
+from expertmesh.request import deadline_after, make_request
+from expertmesh.rpc import loop, status
+from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.stream import FrameStream
+from expertmesh.v1 import router_pb2 as pb
+from expertmesh.v1 import router_pb2_grpc
+
+_RETRY_PAUSE_S = 0.05  # between tries to reach a router that has just gone
+_CONTROL_TIMEOUT_S = 10.0
+
+
+class _RouterLink:
+    """One router: a channel, and a stream that is reopened when it breaks."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = open_channel(address)
+        self.stub = router_pb2_grpc.RouterServiceStub(self._channel)
+        self._stream: FrameStream | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not answered."""
+        return self._stream.in_flight if self._stream is not None else 0
+
+    async def stream(self) -> FrameStream:
+        """The open stream."""
+        if self._stream is None or self._stream.broken.done():
+            old, self._stream = self._stream, FrameStream(
+                self._channel,
+                "/expertmesh.v1.RouterService/ForwardStream",
+                FORWARD_REQUEST,
+                FORWARD_RESPONSE,
+                f"router at {self.address}",
+            )  # fmt: skip
+            if old is not None:
+                await old.close()
+        return self._stream
+
+    async def control(self, method: Any, request: Any, deadline: Deadline) -> Any:
+        """A unary call, its failure as a MeshError."""
+        try:
+            return await method(request, timeout=deadline.timeout)
+        except grpc.aio.UsageError:
+            raise UnavailableError(f"the connection to {self.address} has been closed") from None
+        except grpc.aio.AioRpcError as error:
+            raise status.from_call(error, f"router at {self.address}") from None
+
+    async def close(self) -> None:
+        """Closes stream and channel."""
+        if self._stream is not None:
+            await self._stream.close()
+        await self._channel.close()
+
+
+class AsyncMesh:
+    """A connection to a cluster, for asyncio. Used from one event loop; see `connect_async`."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        self._links = {address: _RouterLink(address) for address in addresses}
+        self._info: MeshInfo | None = None
+        self._turn = 0
+        self._closed = False
+
+    async def open(self, timeout: float) -> None:
+        """Finds out what is served, and by which routers. Raises UnavailableError."""
+        self._info = await self._describe(deadline_after(timeout))
+        # A cluster of one machine advertises its loopback address: of no use from another one.
+        local = any(_is_loopback(address) for address in self._links)
+        for address in self._info.routers:
+            if address not in self._links and (local or not _is_loopback(address)):
+                self._links[address] = _RouterLink(address)
+
+    async def _describe(self, deadline: Deadline) -> MeshInfo:
+        while True:
+            try:
+                link = self._pick(frozenset())
+                answer = await link.control(link.stub.Describe, pb.DescribeRequest(), deadline)
+                return info_of(answer, link.address)
+            except (UnavailableError, DeadlineError) as error:
+                if deadline.remaining <= _RETRY_PAUSE_S:
+                    raise UnavailableError(error.message, retry_after_s=1.0) from None
+            await asyncio.sleep(_RETRY_PAUSE_S)
+
+    def describe(self) -> MeshInfo:
+        """What is served: sizes, layers, dtype."""
+        assert self._info is not None, "open() comes first"
+        return self._info
+
+    async def forward(
+        self,
+        hidden: torch.Tensor,
+        layer: int,
+        *,
+        expert_ids: torch.Tensor | None = None,
+        expert_weights: torch.Tensor | None = None,
+        shared: bool = False,
+        non_finite: Literal["refuse", "pass"] = "refuse",
+        timeout: float = 30.0,
+    ) -> torch.Tensor:
+        """The feed-forward output of one layer for each row, without the residual.
+
+        `hidden` is [..., H] float32, float16 or bfloat16 on any device; the result has its shape,
+        dtype and device. With `expert_ids` and `expert_weights`, both [..., k], the caller has
+        gated: only those routed experts are computed, and the shared expert if `shared`. A NaN or
+        infinity is refused unless `non_finite` is "pass". Raises MeshError. No gradients.
+        """
+        request = make_request(hidden, layer, expert_ids, expert_weights, shared, non_finite)
+        response = await self._forward(request, deadline_after(timeout))
+        return response.to(hidden.device).view(hidden.shape)
+
+    async def _forward(self, request: ForwardRequest, deadline: Deadline) -> torch.Tensor:
+        avoid: frozenset[str] = frozenset()
+        while True:
+            link = self._pick(avoid)
+            try:
+                stream = await link.stream()
+                answer = await stream.call(request, deadline)
+                output: torch.Tensor = answer.hidden_states
+                return output
+            except UnavailableError:
+                if deadline.remaining <= _RETRY_PAUSE_S:
+                    raise
+            avoid |= {link.address}
+            if len(avoid) == len(self._links):
+                avoid = frozenset()
+                await asyncio.sleep(_RETRY_PAUSE_S)
+
+    def _pick(self, avoid: frozenset[str]) -> _RouterLink:
+        """The router with the fewest requests in flight; those with equally few take turns."""
+        if self._closed:
+            raise UnavailableError("this connection has been closed: connect again")
+        links = [link for address, link in self._links.items() if address not in avoid]
+        self._turn += 1
+        first = self._turn % len(links)
+        return min(links[first:] + links[:first], key=lambda link: link.in_flight)
+
+    async def load(self, timeout: float = _CONTROL_TIMEOUT_S) -> MeshLoad:
+        """Cumulative assignments and MaxVio. Raises UnavailableError without a controller."""
+        links = list(self._links.values())
+        deadline = deadline_after(timeout)
+        self._pick(frozenset())  # refuses a closed connection
+        # Every router first tells the controller its counts: the last to be asked knows them all.
+        reached = 0
+        answer = pb.GetLoadResponse()
+        failure: MeshError | None = None
+        for link in links:
+            try:
+                answer = await link.control(link.stub.GetLoad, pb.GetLoadRequest(), deadline)
+                reached += 1
+            except (UnavailableError, DeadlineError) as error:
+                failure = error
+        if not reached:
+            raise failure or UnavailableError("no router can be reached")
+        return load_of(answer, self.describe())
+
+    async def status(self, timeout: float = _CONTROL_TIMEOUT_S) -> pb.GetStatusResponse:
+        """One router's view of its cluster, as router.proto has it."""
+        link = self._pick(frozenset())
+        answer: pb.GetStatusResponse = await link.control(
+            link.stub.GetStatus, pb.GetStatusRequest(), deadline_after(timeout)
+        )
+        return answer
+
+    async def close(self) -> None:
+        """Closes every connection; requests in flight fail with UnavailableError."""
+        self._closed = True
+        for link in self._links.values():
+            await link.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class Mesh:
+    """A connection to a cluster, for any number of threads; see `connect`."""
+
+    def __init__(self, mesh: AsyncMesh) -> None:
+        self._mesh = mesh
+
+    def describe(self) -> MeshInfo:
+        """What is served: sizes, layers, dtype."""
+        return self._mesh.describe()
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layer: int,
+        *,
+        expert_ids: torch.Tensor | None = None,
+        expert_weights: torch.Tensor | None = None,
+        shared: bool = False,
+        non_finite: Literal["refuse", "pass"] = "refuse",
+        timeout: float = 30.0,
+    ) -> torch.Tensor:
+        """See AsyncMesh.forward."""
+        return loop.run(
+            self._mesh.forward(
+                hidden,
+                layer,
+                expert_ids=expert_ids,
+                expert_weights=expert_weights,
+                shared=shared,
+                non_finite=non_finite,
+                timeout=timeout,
+            )
+        )
+
+    def load(self, timeout: float = _CONTROL_TIMEOUT_S) -> MeshLoad:
+        """See AsyncMesh.load."""
+        return loop.run(self._mesh.load(timeout))
+
+    def status(self, timeout: float = _CONTROL_TIMEOUT_S) -> pb.GetStatusResponse:
+        """See AsyncMesh.status."""
+        return loop.run(self._mesh.status(timeout))
+
+    def close(self) -> None:
+        """See AsyncMesh.close."""
+        loop.run(self._mesh.close())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Connecting(Coroutine[Any, Any, AsyncMesh]):
+    """A connection being made: a coroutine to await, which `async with` takes as well."""
+
+    def __init__(self, opening: Coroutine[Any, Any, AsyncMesh]) -> None:
+        self._opening = opening
+        self._mesh: AsyncMesh | None = None
+
+    def send(self, value: Any) -> Any:
+        """See Coroutine."""
+        return self._opening.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """See Coroutine."""
+        return self._opening.throw(*error)
+
+    def close(self) -> None:
+        """See Coroutine."""
+        self._opening.close()
+
+    def __await__(self) -> Generator[Any, Any, AsyncMesh]:
+        return self._opening.__await__()
+
+    async def __aenter__(self) -> AsyncMesh:
+        self._mesh = await self._opening
+        return self._mesh
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._mesh is not None:
+            await self._mesh.close()
+
+
+async def _open(addresses: list[str], timeout: float) -> AsyncMesh:
+    mesh = AsyncMesh(addresses)
+    try:
+        await mesh.open(timeout)
+    except BaseException:
+        await mesh.close()
+        raise
+    return mesh
+
+
+def connect_async(address: str, timeout: float = 10.0) -> Connecting:
+    """Connects to a cluster by the address of a router, or several, separated by commas.
+
+    `mesh = await connect_async(...)`, or `async with connect_async(...) as mesh`. Further routers
+    of the same cluster are found, and requests spread over all of them. Raises UnavailableError
+    when none answers within `timeout` seconds.
+    """
+    return Connecting(_open(_addresses(address), timeout))
+
+
+def connect(address: str, timeout: float = 10.0) -> Mesh:
+    """The blocking, thread-safe twin of `connect_async`."""
+    return Mesh(loop.run(_open(_addresses(address), timeout)))
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0]
+    return host.startswith("127.") or host in ("localhost", "[::1]")
+
+
+def _addresses(address: str) -> list[str]:
+    if not isinstance(address, str):
+        raise InvalidRequestError(f"address is {address!r}, expected 'host:port'", field="address")
+    # Our servers speak IPv4, and say 127.0.0.1 of themselves: one router, one name.
+    addresses = [part.strip() for part in address.split(",") if part.strip()]
+    addresses = [
+        f"127.0.0.1:{part.rpartition(':')[2]}" if part.startswith("localhost:") else part
+        for part in addresses
+    ]
+    for part in addresses:
+        host, _, port = part.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+            raise InvalidRequestError(f"address is {part!r}, expected host:port", field="address")
+    if not addresses:
+        raise InvalidRequestError("address is empty, expected host:port", field="address")
+    return addresses

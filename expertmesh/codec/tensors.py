@@ -1,0 +1,208 @@
+"""Tensors on the wire: message `Tensor` of tensor.proto, without copying the elements."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from expertmesh.codec import wire
+from expertmesh.errors import InvalidRequestError, MessageTooLargeError
+
+# Received bytes are immutable and every tensor viewing them is only read; torch cannot know, and
+# warns once in a process. Here, that is: a filter would not outlive `-W error` or pytest's own.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
+
+#: DataType of tensor.proto by torch dtype.
+NUMBER_BY_DTYPE: dict[torch.dtype, int] = {
+    torch.float32: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.float8_e4m3fn: 4,
+    torch.int32: 5,
+    torch.int64: 6,
+}
+DTYPE_BY_NUMBER = {number: dtype for dtype, number in NUMBER_BY_DTYPE.items()}
+_MAX_RANK = 8
+
+# Small tensors pass through numpy, which keeps the interpreter lock: every torch operation lets it
+# go, and with the event loop's and gRPC's threads about, getting it back costs more than the work.
+_NUMPY_BY_DTYPE: dict[torch.dtype, npt.DTypeLike] = {
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,  # numpy has none: viewed as bfloat16 afterwards
+    torch.float8_e4m3fn: np.uint8,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+}
+_IN_NUMPY = frozenset((torch.float32, torch.float16, torch.int32, torch.int64))
+
+
+@dataclass(slots=True)
+class TensorPart:
+    """A tensor of which `have` bytes have arrived."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    total: int  # bytes of the whole tensor
+    have: int
+    buffer: bytes | memoryview  # holds the bytes that arrived, from `start` on
+    start: int
+    storage: torch.Tensor | None = None  # uint8 [total], once a chunk has to be appended
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element is here."""
+        return self.have == self.total
+
+    def append(self, buffer: bytes, start: int, end: int) -> None:
+        """Adds the next bytes. Raises InvalidRequestError when there are too many."""
+        size = end - start
+        if self.have + size > self.total:
+            raise InvalidRequestError(
+                f"chunks bring {self.have + size} bytes but the shape {list(self.shape)} holds "
+                f"{self.total}",
+                field="hidden_states.data",
+            )
+        if self.storage is None:
+            self.storage = torch.empty(self.total, dtype=torch.uint8)
+            view = self.storage.numpy().data
+            view[: self.have] = memoryview(self.buffer)[self.start : self.start + self.have]
+            self.buffer, self.start = view, 0
+        assert isinstance(self.buffer, memoryview)
+        self.buffer[self.have : self.have + size] = memoryview(buffer)[start:end]
+        self.have += size
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor; a view of what was received wherever possible."""
+        if self.total == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        if self.storage is not None:
+            return self.storage.view(self.dtype).view(self.shape)
+        stand_in = _NUMPY_BY_DTYPE[self.dtype]
+        count = self.total // self.dtype.itemsize
+        flat = np.frombuffer(self.buffer, stand_in, count, self.start)
+        view = torch.from_numpy(flat.reshape(self.shape))
+        return view if self.dtype in _IN_NUMPY else view.view(self.dtype)
+
+
+def payload(tensor: torch.Tensor) -> memoryview:
+    """The elements of a CPU tensor as bytes; copies only when they are not contiguous."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    if tensor.dtype not in _IN_NUMPY:
+        tensor = tensor.view(torch.uint8 if tensor.dtype.itemsize == 1 else torch.int16)
+    return tensor.numpy().data.cast("B")
+
+
+def header(tensor: torch.Tensor, number: int, data_length: int) -> tuple[bytes, int]:
+    """(what stands before the elements of field `number`, length of the field with its prefix).
+
+    `data_length` is the number of element bytes that follow, fewer than all for a prefix.
+    """
+    shape = b"".join(map(wire.varint, tensor.shape))
+    head = b"\x08" + wire.varint(NUMBER_BY_DTYPE[tensor.dtype])
+    if shape:
+        head += wire.field_bytes(2, shape)
+    if data_length:
+        head += wire.length_prefix(3, data_length)
+    length = len(head) + data_length
+    head = wire.length_prefix(number, length) + head
+    return head, len(head) + data_length
+
+
+def field(number: int, tensor: torch.Tensor | None) -> bytes:
+    """A whole small tensor as one field; nothing for None."""
+    if tensor is None:
+        return b""
+    data = payload(tensor)
+    return b"".join((header(tensor, number, len(data))[0], data))
+
+
+def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorPart:
+    """Reads one `Tensor` message; its elements may be a prefix.
+
+    Raises InvalidRequestError when the parts disagree, MessageTooLargeError when the shape holds
+    more than `max_bytes`.
+    """
+    dtype_number, shape, start, stop = 0, [], at, at
+    for number, kind, value, upto in wire.fields(buffer, at, end):
+        if number == 1:
+            wire.expect(kind, wire.VARINT, f"{name}.data_type")
+            dtype_number = value
+        elif number == 2:
+            shape += _extents(buffer, kind, value, upto, name)
+            if len(shape) > _MAX_RANK:
+                raise InvalidRequestError(f"{name} has over {_MAX_RANK} dimensions", field=name)
+        elif number == 3:
+            wire.expect(kind, wire.BYTES, f"{name}.data")
+            start, stop = value, upto
+    return _checked(buffer, dtype_number, tuple(shape), start, stop, name, max_bytes)
+
+
+def _extents(buffer: bytes, kind: int, value: int, upto: int, name: str) -> list[int]:
+    if kind == wire.VARINT:  # a peer may send repeated integers unpacked
+        return [wire.signed(value)]
+    wire.expect(kind, wire.BYTES, f"{name}.shape")
+    extents: list[int] = []
+    while value < upto and len(extents) <= _MAX_RANK:
+        extent, value = wire.read_varint(buffer, value, upto)
+        extents.append(wire.signed(extent))
+    return extents
+
+
+def _checked(
+    buffer: bytes,
+    dtype_number: int,
+    shape: tuple[int, ...],
+    start: int,
+    stop: int,
+    name: str,
+    max_bytes: int,
+) -> TensorPart:
+    dtype = DTYPE_BY_NUMBER.get(dtype_number)
+    if dtype is None:
+        known = ", ".join(str(d).removeprefix("torch.") for d in NUMBER_BY_DTYPE)
+        raise InvalidRequestError(
+            f"{name}.data_type is {dtype_number}, expected one of {known}",
+            field=f"{name}.data_type",
+        )
+    if any(extent < 0 for extent in shape):
+        raise InvalidRequestError(f"{name}.shape {list(shape)} has a negative extent", field=name)
+    total = math.prod(shape) * dtype.itemsize
+    if total > max_bytes:
+        raise MessageTooLargeError(
+            f"{name} of shape {list(shape)} holds {total} bytes, over the limit of {max_bytes}: "
+            "send fewer rows at a time",
+            field=name,
+        )
+    if total == 0 and math.prod(max(extent, 1) for extent in shape) > 1 << 31:
+        # Nothing to allocate, but torch's strides would overflow.
+        raise InvalidRequestError(f"{name}.shape {list(shape)} has extents over 2^31", field=name)
+    have = stop - start
+    if have > total:
+        raise InvalidRequestError(
+            f"{name}.data has {have} bytes but the shape {list(shape)} holds {total}", field=name
+        )
+    return TensorPart(dtype, shape, total, have, buffer, start)
+
+
+def require_complete(part: TensorPart, name: str) -> torch.Tensor:
+    """The tensor, or InvalidRequestError when elements are missing."""
+    if not part.complete:
+        raise InvalidRequestError(
+            f"{name}.data has {part.have} bytes but the shape {list(part.shape)} needs "
+            f"{part.total}",
+            field=f"{name}.data",
+        )
+    return part.tensor()

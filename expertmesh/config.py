@@ -1,0 +1,92 @@
+"""Configuration as frozen data: read once at the edge, handed down in small sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from expertmesh.errors import ConfigError
+
+BalanceMode = Literal["frozen", "adaptive", "off"]
+BalancePolicy = Literal["sign", "proportional"]
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BalanceConfig:
+    """How the load controller turns counts into biases.
+
+    Modes: "frozen" serves the checkpoint's own biases, "adaptive" adds a serving delta that moves
+    with the load, "off" serves as frozen and does not close windows either.
+    """
+
+    mode: BalanceMode = "frozen"  # outputs are the checkpoint's unless someone asks otherwise
+    policy: BalancePolicy = "sign"  # the paper's choice: better perplexity than proportional
+    update_rate: float = 1e-3  # u of arXiv 2408.15664: 1e-4 is slow early, 1e-2 fluctuates late
+    window_tokens: int = 4096  # a window closes after this many rows of a layer ...
+    window_s: float = 1.0  # ... or after this long, whichever comes first
+    max_delta: float | None = None  # |serving bias - trained bias| stays within this; None: free
+    divergence_ceiling: float | None = None  # share of picks that may differ from frozen
+
+    def __post_init__(self) -> None:
+        _require(self.mode in get_args(BalanceMode), "balance.mode", self.mode, "frozen, "
+                 "adaptive or off")  # fmt: skip
+        _require(self.policy in get_args(BalancePolicy), "balance.policy", self.policy,
+                 "sign or proportional")  # fmt: skip
+        _require(self.update_rate > 0, "balance.update_rate", self.update_rate, "> 0")
+        _require(self.window_tokens > 0, "balance.window_tokens", self.window_tokens, "> 0")
+        _require(self.window_s > 0, "balance.window_s", self.window_s, "> 0")
+        _require(self.max_delta is None or self.max_delta > 0, "balance.max_delta",
+                 self.max_delta, "> 0 or None")  # fmt: skip
+        _require(self.divergence_ceiling is None or 0 < self.divergence_ceiling <= 1,
+                 "balance.divergence_ceiling", self.divergence_ceiling,
+                 "within (0, 1] or None")  # fmt: skip
+
+    @classmethod
+    def of(cls, balance: str | BalanceConfig) -> BalanceConfig:
+        """`balance` itself, or the default configuration of the mode it names."""
+        return balance if isinstance(balance, cls) else cls(mode=balance)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RpcConfig:
+    """Limits of a gRPC server of ours."""
+
+    host: str = "0.0.0.0"  # every interface: peers are on other nodes
+    port: int = 0  # 0: any free one, reported once bound
+    max_request_bytes: int = 256 << 20  # one request's hidden states: 16k tokens of width 7168
+    max_inflight_bytes: int = 1 << 30  # all requests' hidden states: beyond, QUEUE_FULL
+    max_inflight_frames: int = 4096  # the same in number: each holds a task and a future
+    drain_s: float = 5.0  # a stopping server lets this long pass for requests in flight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How a router batches, spreads and retries."""
+
+    max_batch_rows: int = 16384  # rows of one merged batch: bounds its memory
+    max_batches_per_layer: int = 2  # one computes while the next one travels
+    default_timeout_s: float = 30.0  # for requests that bring no deadline
+    hedge_after_s: float = 0.25  # a silent server's rows go to a replica too after this; with
+    # `hedge_factor` times its usual time where that is longer
+    hedge_factor: float = 4.0
+    hedge_share: float = 0.05  # of all askings may be second ones ...
+    hedge_burst: float = 8.0  # ... and this many at once: a silent server holds a few batches
+    retry_pause_s: float = 0.02  # between two looks for a server, when none can be asked
+    reconnect_pause_s: float = 0.1  # between two tries to connect, doubled up to ...
+    reconnect_max_pause_s: float = 1.0  # ... this: actors come back within seconds
+    report_every_s: float = 0.1  # counts to the controller, while they change
+    inline_rows: int = 64  # batches up to this are planned on the event loop: a thread hop costs
+    # more than the work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertConfig:
+    """How an expert server queues."""
+
+    max_queue: int = 256  # requests waiting for the device; beyond, QUEUE_FULL
+    announce_every_s: float = 1.0  # heartbeat to the controller, whatever the load takes

@@ -1,0 +1,157 @@
+"""Plan and combine: which server computes which (row, expert) pair, and the sum of what returns.
+
+T rows, K experts a row (the shared expert among them), S servers, E experts of the layer.
+Everything is vectorised over rows: no loop over tokens or experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Ids = npt.NDArray[np.int32]
+
+
+class Holders:
+    """Who can be asked for each expert of one layer: made once, used until a server changes."""
+
+    def __init__(self, holds_SE: npt.NDArray[np.bool_], rate_S: npt.NDArray[np.float64]) -> None:
+        """`holds_SE` has only servers that can be asked set; `rate_S` is their relative speed."""
+        self.holds_ES = np.ascontiguousarray(holds_SE.T)
+        self.count_E = holds_SE.sum(0)
+        # The holder, where there is just one: the sum of the holders' rows then is its row.
+        self.only_E = self.holds_ES.astype(np.int64) @ np.arange(len(rate_S))
+        self.rate_S = np.maximum(rate_S, 1e-9)
+        self.any_replicas = bool((self.count_E > 1).any())
+
+
+@dataclass(slots=True)
+class Part:
+    """What one server is asked for: each row once, whatever number of its experts is there."""
+
+    server: int  # row of the Holders
+    rows: npt.NDArray[np.int64] | None  # [R], ascending; None for every row
+    expert_ids: Ids  # [R, K], -1 where the pair is not this part's
+
+    @property
+    def pairs(self) -> int:
+        """(row, expert) pairs in this part."""
+        return int((self.expert_ids >= 0).sum())
+
+    def ids_among(self, total_rows: int) -> Ids:
+        """This part's pairs as an [T, K] table, -1 elsewhere."""
+        if self.rows is None:
+            return self.expert_ids
+        table = np.full((total_rows, self.expert_ids.shape[1]), -1, np.int32)
+        table[self.rows] = self.expert_ids
+        return table
+
+
+def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids]:
+    """Gives every pair to one server that holds its expert.
+
+    An expert with one holder goes there. Of several holders, one that already gets the row is
+    preferred (a row then travels once; among those, the one with the fewest pairs of the row), and
+    else one is drawn in proportion to its rate by weighted rendezvous hashing of (row + salt).
+
+    Returns the parts, by ascending server, and the pairs that nobody can be asked for as an
+    [T, K] table (-1 elsewhere).
+    """
+    valid = ids_TK >= 0
+    count = np.where(valid, holders.count_E[ids_TK], 1)
+    choice = np.where(valid & (count == 1), holders.only_E[ids_TK], -1)
+    if holders.any_replicas:
+        flexible = valid & (count > 1)
+        if flexible.any():
+            _choose_replicas(choice, ids_TK, flexible, holders, salt)
+    unplaced = np.where(valid & (count == 0), ids_TK, np.int32(-1))
+    return _parts(choice, ids_TK), unplaced
+
+
+def _choose_replicas(
+    choice: npt.NDArray[np.int64],
+    ids_TK: Ids,
+    flexible: npt.NDArray[np.bool_],
+    holders: Holders,
+    salt: int,
+) -> None:
+    """Fills `choice` where `flexible`, column by column, so that each sees the ones before."""
+    rows, servers = len(ids_TK), len(holders.rate_S)
+    at, column = np.nonzero(choice >= 0)
+    visits = np.bincount(at * servers + choice[at, column], minlength=rows * servers)
+    visits_TS = visits.reshape(rows, servers).astype(np.float64)
+    draw_TS: npt.NDArray[np.float64] | None = None  # made when a row visits no holder yet
+    for k in range(ids_TK.shape[1]):
+        here = np.flatnonzero(flexible[:, k])
+        if len(here) == 0:
+            continue
+        can = holders.holds_ES[ids_TK[here, k]]
+        seen = np.where(can, visits_TS[here], 0.0)
+        # Visited servers first (fewest pairs first), then the draw, which lies in (0, 1).
+        score = np.where(seen > 0, 2.0 + 1.0 / np.maximum(seen, 1.0), can)
+        if not (seen > 0).any(1).all():
+            if draw_TS is None:
+                draw_TS = _rendezvous(rows, salt, holders.rate_S)
+            score = np.where((seen > 0) | ~can, score, draw_TS[here])
+        chosen = score.argmax(1)
+        choice[here, k] = chosen
+        visits_TS[here, chosen] += 1.0
+
+
+def _rendezvous(rows: int, salt: int, rate_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[T, S] draws: server s has row t's largest with probability rate_s / sum of rates.
+
+    -rate / ln(u), u uniform in (0, 1), has that property (weighted rendezvous hashing); it is
+    mapped into (0, 1) without changing the order.
+    """
+    keys = (np.arange(rows, dtype=np.uint64) + np.uint64(salt & 0xFFFFFFFF))[:, None]
+    mixed = keys * np.uint64(0x9E3779B97F4A7C15)
+    mixed = mixed + (np.arange(1, len(rate_S) + 1, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9))
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(32)
+    uniform = ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) / float(1 << 52)
+    draw: npt.NDArray[np.float64] = rate_S / (rate_S - np.log(uniform))
+    return draw
+
+
+def _parts(choice: npt.NDArray[np.int64], ids_TK: Ids) -> list[Part]:
+    parts = []
+    for server in np.unique(choice):
+        if server < 0:
+            continue
+        mine = choice == server
+        rows = np.flatnonzero(mine.any(1))
+        ids = np.where(mine, ids_TK, np.int32(-1))
+        if len(rows) == len(ids_TK):
+            parts.append(Part(int(server), None, ids))
+        else:
+            parts.append(Part(int(server), rows, ids[rows]))
+    return parts
+
+
+def rows_of(tensor_TX: torch.Tensor, rows: npt.NDArray[np.int64] | None) -> torch.Tensor:
+    """The part's rows of a tensor; the tensor itself when the part has all of them."""
+    return tensor_TX if rows is None else tensor_TX.index_select(0, torch.from_numpy(rows))
+
+
+def combine(
+    hidden_TH: torch.Tensor,
+    contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
+) -> torch.Tensor:
+    """Adds up partial sums, each [R, H] for its rows, in float32; rounds once, to hidden's dtype.
+
+    The order of the sum is that of `contributions`. Rows without any are zero.
+    """
+    if len(contributions) == 1 and contributions[0][0] is None:
+        return contributions[0][1].to(hidden_TH.dtype)
+    total = torch.zeros(hidden_TH.shape, dtype=torch.float32)
+    for rows, partial in contributions:
+        if rows is None:
+            total += partial
+        else:
+            total.index_add_(0, torch.from_numpy(rows), partial.float())
+    return total.to(hidden_TH.dtype)

@@ -1,0 +1,194 @@
+"""Attaching: the model's feed-forward layers become calls to a cluster, and their weights go."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from expertmesh.client import Mesh, connect
+from expertmesh.errors import ConfigError
+from expertmesh.huggingface.matching import check_gate, check_model
+from expertmesh.huggingface.modules import IMPLEMENTATION, RemoteExperts, RemoteFeedForward, Zero
+from expertmesh.info import LayerInfo
+
+# What a block adds to its experts' output; the cluster adds it in the same RPC.
+_SHARED_PARTS = ("shared_experts", "shared_expert", "shared_expert_gate")
+
+
+class Attachment:
+    """A model's connection to a cluster; also reachable as `model.expertmesh`.
+
+    Closing it, or leaving its `with`, ends the connection. The model does not work from then on:
+    the weights of its feed-forward layers are gone from this process. Attach it again, with the
+    same gate, or load it anew.
+    """
+
+    def __init__(self, mesh: Mesh, gate: Literal["cluster", "model"], timeout: float) -> None:
+        self.mesh = mesh
+        self.gate = gate
+        self.timeout = timeout  # seconds, for each feed-forward layer of each forward pass
+        self._lock = threading.Lock()
+        self._rpcs = 0
+        self._closed = False
+
+    @property
+    def rpcs(self) -> int:
+        """Forward requests made so far: one for each feed-forward layer of each forward pass."""
+        return self._rpcs
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection has ended."""
+        return self._closed
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layer: int,
+        expert_ids: torch.Tensor | None = None,
+        expert_weights: torch.Tensor | None = None,
+        shared: bool = False,
+    ) -> torch.Tensor:
+        """One feed-forward layer, in one RPC. Raises MeshError."""
+        if self._closed:
+            raise ConfigError(
+                "the model's attachment is closed and its feed-forward weights are gone: attach it "
+                "again, or load the model anew"
+            )
+        with self._lock:
+            self._rpcs += 1
+        return self.mesh.forward(
+            hidden,
+            layer,
+            expert_ids=expert_ids,
+            expert_weights=expert_weights,
+            shared=shared,
+            non_finite="pass",  # as in process: a NaN in a padding row harms nobody
+            timeout=self.timeout,
+        )
+
+    def close(self) -> None:
+        """Ends the connection. May be called again."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self.mesh.close()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # a copy of the model uses the same connection
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def attach(
+    model: PreTrainedModel,
+    address: str,
+    gate: Literal["cluster", "model"] = "cluster",
+    timeout: float = 30.0,
+) -> Attachment:
+    """Runs every feed-forward layer of a loaded model in the cluster at `address`.
+
+    `gate="cluster"`: routers gate, and the model keeps nothing of its MoE blocks. `gate="model"`:
+    the model's own gates choose and weigh the experts, the cluster computes them. Dense layers and
+    shared experts run in the cluster either way. The model's own copies are freed. It generates as
+    before, and does not train: `backward` raises. It has to be the model that the cluster serves:
+    sizes are compared, weights are not.
+
+    Raises ConfigError or MismatchError, leaving the model as it was, when it is of a family that
+    is not served, differs from what the cluster serves or is attached already, and
+    UnavailableError when no router answers within `timeout` seconds.
+    """
+    check_gate(gate)
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel"
+        )
+    before = getattr(model, "expertmesh", None)
+    if isinstance(before, Attachment) and not before.closed:
+        raise ConfigError("the model is attached already: close model.expertmesh first")
+    attachment = open_attachment(model.config, address, gate, timeout)
+    try:
+        install(model, attachment)
+    except BaseException:
+        attachment.close()
+        raise
+    return attachment
+
+
+def open_attachment(
+    config: Any, address: str, gate: Literal["cluster", "model"], timeout: float
+) -> Attachment:
+    """Connects to a cluster that serves the model of this transformers configuration."""
+    mesh = connect(address, timeout=timeout)
+    try:
+        check_model(config, mesh.describe(), gate)
+    except BaseException:
+        mesh.close()
+        raise
+    return Attachment(mesh, gate, timeout)
+
+
+def install(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Replaces the feed-forward layers of a model by calls through `attachment`."""
+    layers = attachment.mesh.describe().layers
+    decoder = _decoder_layers(model, layers)
+    keeps_gates = attachment.gate == "model"
+    if keeps_gates:
+        _check_gates(model, decoder, layers)
+    for layer, module in zip(layers, decoder, strict=True):
+        if keeps_gates and layer.kind == "moe":
+            _install_experts(module.mlp, layer, attachment, model.config)
+        else:
+            module.mlp = RemoteFeedForward(attachment, layer.index)
+    if keeps_gates:
+        model.set_experts_implementation(IMPLEMENTATION)
+    model.expertmesh = attachment
+
+
+def _decoder_layers(model: PreTrainedModel, layers: tuple[LayerInfo, ...]) -> list[Any]:
+    """The decoder layers, in the order of the cluster's."""
+    decoder = list(getattr(model.base_model, "layers", ()))
+    if len(decoder) != len(layers) or not all(hasattr(module, "mlp") for module in decoder):
+        raise ConfigError(
+            f"{type(model).__name__} has {len(decoder)} decoder layers with an `mlp`, its "
+            f"configuration says {len(layers)}: load it with the class that transformers has for "
+            f"model_type {model.config.model_type!r}"
+        )
+    return decoder
+
+
+def _check_gates(model: PreTrainedModel, decoder: list[Any], layers: tuple[LayerInfo, ...]) -> None:
+    for layer, module in zip(layers, decoder, strict=True):
+        if layer.kind == "moe" and not hasattr(module.mlp, "gate"):
+            raise ConfigError(
+                f"layer {layer.index} has no gate of its own any more: use gate='cluster', or load "
+                "the model anew"
+            )
+    if not model._can_set_experts_implementation():
+        raise ConfigError(
+            f"gate='model' needs transformers' experts interface, which {type(model).__name__} of "
+            f"{type(model).__module__} lacks: use gate='cluster'"
+        )
+
+
+def _install_experts(
+    block: nn.Module, layer: LayerInfo, attachment: Attachment, config: Any
+) -> None:
+    shared = [name for name in _SHARED_PARTS if isinstance(getattr(block, name, None), nn.Module)]
+    for name in shared:
+        setattr(block, name, Zero())
+    block.experts = RemoteExperts(config, attachment, layer.index, layer.has_shared_expert)

@@ -1,0 +1,97 @@
+"""What a cluster says of itself: what it serves, and its load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from expertmesh.codec import tensors
+from expertmesh.errors import MismatchError
+from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.v1 import router_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One feed-forward layer of the served model."""
+
+    index: int
+    kind: Literal["moe", "dense"]
+    num_experts: int  # routed; 0 for a dense layer
+    top_k: int  # 0 for a dense layer
+    has_shared_expert: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MeshInfo:
+    """What a cluster serves."""
+
+    model_type: str
+    hidden_size: int
+    dtype: torch.dtype  # in which the experts compute
+    layers: tuple[LayerInfo, ...]
+    checkpoint_digest: str
+    routers: tuple[str, ...]
+
+    def layer(self, index: int) -> LayerInfo | None:
+        """The layer of that index, or None."""
+        return next((layer for layer in self.layers if layer.index == index), None)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshLoad:
+    """Cumulative load of a cluster, every answer that this client has already included."""
+
+    counts: Mapping[int, torch.Tensor]  # by layer: int64 [E], assignments of either gate
+    router_gated: Mapping[int, torch.Tensor]  # by layer: int64 [E], by the router's own gate
+    maxvio: Mapping[int, float]  # by layer: (max - mean) / mean
+    bias_version: int
+    epoch: int
+
+
+def info_of(answer: pb.DescribeResponse, address: str) -> MeshInfo:
+    """What a router says that it serves. Raises MismatchError for another protocol version."""
+    if answer.protocol_version != PROTOCOL_VERSION:
+        raise MismatchError(
+            f"router at {address} speaks protocol version {answer.protocol_version}, this client "
+            f"{PROTOCOL_VERSION}: install the same release of expertmesh"
+        )
+    return MeshInfo(
+        model_type=answer.model_type,
+        hidden_size=answer.hidden_size,
+        dtype=tensors.DTYPE_BY_NUMBER[answer.compute_type],
+        layers=tuple(
+            LayerInfo(
+                layer.index,
+                "moe" if layer.kind == pb.LAYER_KIND_MOE else "dense",
+                layer.num_experts,
+                layer.top_k,
+                layer.has_shared_expert,
+            )
+            for layer in answer.layers
+        ),
+        checkpoint_digest=answer.checkpoint_digest,
+        routers=tuple(answer.routers),
+    )
+
+
+def load_of(answer: pb.GetLoadResponse, info: MeshInfo) -> MeshLoad:
+    """Every MoE layer is there, with zeros where nothing was counted yet."""
+    experts = {layer.index: layer.num_experts for layer in info.layers if layer.num_experts}
+    gated = {layer: torch.zeros(count, dtype=torch.int64) for layer, count in experts.items()}
+    caller = {layer: counts.clone() for layer, counts in gated.items()}
+    for entry in answer.layers:
+        if entry.counts:
+            gated[entry.layer] = torch.tensor(list(entry.counts), dtype=torch.int64)
+        if entry.caller_gated_counts:
+            caller[entry.layer] = torch.tensor(list(entry.caller_gated_counts), dtype=torch.int64)
+    return MeshLoad(
+        counts={layer: gated[layer] + caller[layer] for layer in gated},
+        router_gated=gated,
+        maxvio=dict.fromkeys(gated, 0.0) | {e.layer: e.max_violation for e in answer.layers},
+        bias_version=answer.bias_version,
+        epoch=answer.epoch,
+    )

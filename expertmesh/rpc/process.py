@@ -1,0 +1,67 @@
+"""What every service's `python -m` does: log, run until a signal, say why it failed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from expertmesh.errors import MeshError
+
+
+class Service(Protocol):
+    """Something that is started and stopped on one event loop."""
+
+    async def start(self) -> None:
+        """Begins to serve."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends gracefully."""
+        ...
+
+
+def setup_logging(level: str = "INFO") -> None:
+    """One line a record, on standard error."""
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+
+async def run_until_signal(
+    service: Service,
+    on_started: Callable[[], None],
+    failed: Awaitable[MeshError] | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT. Raises what `failed` gives, when that comes first."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await service.start()
+    on_started()
+    stopped = asyncio.ensure_future(stop.wait())
+    waits: list[asyncio.Future[Any]] = [stopped]
+    if failed is not None:
+        waits.append(asyncio.ensure_future(failed))
+    done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    await service.stop()
+    stopped.cancel()
+    for future in done:
+        if future is not stopped:
+            outcome = future.result()
+            if isinstance(outcome, MeshError):
+                raise outcome
+
+
+def exit_code(main: Callable[[], None]) -> int:
+    """Runs a command: 0, or 1 with the error's message on standard error."""
+    try:
+        main()
+    except MeshError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
+    return 0

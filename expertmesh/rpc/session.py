@@ -1,0 +1,311 @@
+"""The answering end of a frame stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from expertmesh.codec import frames
+from expertmesh.codec.messages import Codec, Pending
+from expertmesh.config import RpcConfig
+from expertmesh.errors import (
+    CancelledRequestError,
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    MeshError,
+    OverloadedError,
+    UnavailableError,
+)
+from expertmesh.rpc import status
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.outbox import Outbox
+
+_log = logging.getLogger(__name__)
+RETRY_AFTER_S = 0.05  # a queue of ours empties within some tens of milliseconds
+_INCOMPLETE = InvalidRequestError(
+    "the stream ended before all chunks of the hidden states had come: send them all",
+    field="hidden_states.data",
+)
+_LATE = DeadlineError(
+    "the deadline passed before all chunks of the hidden states had come: allow more time"
+)
+
+
+class Admission:
+    """What one server has in flight, over all its streams and unary calls: bounded."""
+
+    def __init__(self, config: RpcConfig) -> None:
+        self._config = config
+        self.frames = 0
+        self.bytes = 0
+        self.draining = False
+        self.streams: set[asyncio.Task[Any]] = set()  # the reading task of each open stream
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def max_request_bytes(self) -> int:
+        """The largest hidden states of one request."""
+        return self._config.max_request_bytes
+
+    def enter(self, size: int) -> None:
+        """Takes one request in. Raises OverloadedError or UnavailableError."""
+        if self.draining:
+            raise UnavailableError("the server is stopping: ask another", retry_after_s=1.0)
+        config = self._config
+        if self.frames >= config.max_inflight_frames:
+            raise OverloadedError(
+                f"{self.frames} requests are in flight, the limit is {config.max_inflight_frames}:"
+                " retry later or elsewhere",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        if self.bytes and self.bytes + size > config.max_inflight_bytes:
+            raise OverloadedError(
+                f"requests in flight hold {self.bytes} bytes, the limit is "
+                f"{config.max_inflight_bytes}: retry later or elsewhere",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        self.frames += 1
+        self.bytes += size
+        self._idle.clear()
+
+    def leave(self, size: int) -> None:
+        """The request has been answered or given up."""
+        self.frames -= 1
+        self.bytes -= size
+        if self.frames == 0:
+            self._idle.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more in, waits at most that long for what is in flight, and ends the streams."""
+        self.draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("stopping with %d requests in flight", self.frames)
+        for reader in list(self.streams):
+            reader.cancel()
+
+
+class FrameProtocol:
+    """What a stream carries and who answers it."""
+
+    def __init__(
+        self,
+        request_codec: Codec[Any],
+        response_codec: Codec[Any],
+        handle: Callable[[Any, Deadline], Awaitable[Any]],
+        admission: Admission,
+    ) -> None:
+        self.request_codec = request_codec
+        self.response_codec = response_codec
+        self.handle = handle
+        self.admission = admission
+
+
+class _Frame:
+    """One request that is arriving or being answered."""
+
+    __slots__ = ("deadline", "pending", "size", "task", "timer")
+
+    def __init__(self, pending: Pending[Any], deadline: Deadline, size: int) -> None:
+        self.pending = pending
+        self.deadline = deadline
+        self.size = size
+        self.task: asyncio.Task[None] | None = None  # once every chunk is here
+        self.timer: asyncio.TimerHandle | None = None  # until then
+
+
+class FrameSession:
+    """Serves one stream until the client ends it.
+
+    A frame counts as in flight until its answer has been written: a client that does not read its
+    answers finds the server full, and is not read any further itself.
+    """
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext[Any, Any], protocol: FrameProtocol
+    ) -> None:
+        self._context = context
+        self._protocol = protocol
+        self._frames: dict[int, _Frame] = {}
+        self._outbox = Outbox()
+        self._answered = asyncio.Event()
+        self._stream_deadline = Deadline.after(context.time_remaining())
+
+    async def run(self) -> None:
+        """Reads frames and answers them; a stream that cannot be read is aborted."""
+        streams = self._protocol.admission.streams
+        async with asyncio.TaskGroup() as group:
+            writer = group.create_task(self._outbox.run(self._write))
+            reader = group.create_task(self._read_all(group))
+            streams.add(reader)
+            try:
+                await asyncio.wait((reader,))
+            finally:
+                streams.discard(reader)
+                for frame_id in list(self._frames):
+                    self._give_up(frame_id)
+                self._outbox.clear()
+                writer.cancel()
+        error = None if reader.cancelled() else reader.result()
+        if error is not None:
+            await self._context.abort_with_status(status.to_status(error))
+
+    async def _write(self, message: bytes) -> None:
+        try:
+            await self._context.write(message)
+        except (grpc.aio.UsageError, grpc.aio.InternalError, asyncio.InvalidStateError):
+            raise asyncio.CancelledError from None  # the client has gone
+
+    async def _read_all(self, group: asyncio.TaskGroup) -> MeshError | None:
+        """Reads until the client ends the stream; returns why it cannot be read any further."""
+        while (buffer := await self._context.read()) is not grpc.aio.EOF:
+            try:
+                self._take(buffer, group)
+            except InvalidRequestError as error:
+                return error
+            await self._outbox.room()
+        for frame_id, frame in list(self._frames.items()):
+            if frame.task is None:
+                self._refuse(frame_id, _INCOMPLETE)
+        while self._frames:  # the client sends no more, but waits for its answers
+            self._answered.clear()
+            await self._answered.wait()
+        await self._outbox.written()
+        return None
+
+    def _take(self, buffer: bytes, group: asyncio.TaskGroup) -> None:
+        message = frames.decode(buffer)
+        if isinstance(message, frames.Start):
+            self._begin(buffer, message, group)
+        elif isinstance(message, frames.Chunk):
+            self._continue(buffer, message, group)
+        else:
+            self._give_up(message.frame_id)
+
+    def _begin(self, buffer: bytes, message: frames.Start, group: asyncio.TaskGroup) -> None:
+        if message.frame_id in self._frames:
+            raise InvalidRequestError(
+                f"frame_id {message.frame_id} is in flight already: every frame needs its own",
+                field="frame_id",
+            )
+        admission = self._protocol.admission
+        try:
+            pending = self._protocol.request_codec.decode(
+                buffer, message.at, message.end, admission.max_request_bytes
+            )
+            size = pending.hidden_states.total
+            admission.enter(size)
+        except MeshError as error:
+            self._refuse(message.frame_id, error)
+            return
+        deadline = self._stream_deadline
+        if message.timeout_us:
+            deadline = Deadline(min(deadline.at, Deadline.after(message.timeout_us / 1e6).at))
+        frame = self._frames[message.frame_id] = _Frame(pending, deadline, size)
+        self._start_if_complete(message.frame_id, frame, group)
+        if frame.task is None and deadline.timeout is not None:
+            loop = asyncio.get_running_loop()
+            frame.timer = loop.call_later(deadline.timeout, self._refuse, message.frame_id, _LATE)
+
+    def _continue(self, buffer: bytes, message: frames.Chunk, group: asyncio.TaskGroup) -> None:
+        frame = self._frames.get(message.frame_id)
+        if frame is None:
+            return  # refused or given up while its chunks were on their way
+        try:
+            if frame.task is not None:
+                raise InvalidRequestError("a chunk came after its tensor was complete")
+            frame.pending.hidden_states.append(buffer, message.at, message.end)
+        except InvalidRequestError as error:
+            self._refuse(message.frame_id, error)
+            return
+        self._start_if_complete(message.frame_id, frame, group)
+
+    def _start_if_complete(self, frame_id: int, frame: _Frame, group: asyncio.TaskGroup) -> None:
+        if frame.pending.hidden_states.complete:
+            if frame.timer is not None:
+                frame.timer.cancel()
+            frame.task = group.create_task(self._answer(frame_id, frame))
+
+    def _refuse(self, frame_id: int, error: MeshError) -> None:
+        self._give_up(frame_id)
+        self._outbox.put(frame_id, iter((frames.encode_error(frame_id, error),)))
+
+    def _give_up(self, frame_id: int) -> None:
+        frame = self._frames.pop(frame_id, None)
+        if frame is None:
+            return
+        self._protocol.admission.leave(frame.size)
+        self._outbox.discard(frame_id)
+        self._answered.set()
+        if frame.timer is not None:
+            frame.timer.cancel()
+        if frame.task is not None:
+            frame.task.cancel()
+
+    async def _answer(self, frame_id: int, frame: _Frame) -> None:
+        protocol = self._protocol
+        try:
+            response = await answer(protocol.handle, frame.pending.finish(), frame.deadline)
+            messages = frames.begin(frames.encode(protocol.response_codec, response, frame_id))
+        except MeshError as error:
+            messages = iter((frames.encode_error(frame_id, error),))
+        except Exception as error:
+            messages = iter((frames.encode_error(frame_id, internal(error)),))
+        if self._frames.pop(frame_id, None) is not None:
+            leave = partial(protocol.admission.leave, frame.size)
+            self._outbox.put(frame_id, messages, leave)
+            self._answered.set()
+
+
+async def answer(
+    handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
+) -> Any:
+    """Calls a handler; whatever goes wrong comes out as a MeshError."""
+    try:
+        deadline.check()
+        async with asyncio.timeout(deadline.timeout):
+            return await handle(request, deadline)
+    except TimeoutError:
+        raise DeadlineError(
+            "the answer was not complete before the deadline: allow more time, or send fewer rows"
+        ) from None
+    except MeshError:
+        raise
+    except asyncio.CancelledError:
+        raise
+    except BaseExceptionGroup as group:
+        raise first_mesh_error(group) from None
+    except Exception as error:
+        raise internal(error) from None
+
+
+def first_mesh_error(group: BaseExceptionGroup[BaseException]) -> MeshError:
+    """The first error of ours in a TaskGroup's failure, else an InternalError."""
+    found: list[BaseException] = [group]
+    while found:
+        error = found.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            found = [*error.exceptions, *found]
+        elif isinstance(error, MeshError):
+            return error
+    return internal(group)
+
+
+def internal(error: BaseException) -> MeshError:
+    """Hides a bug of ours behind an incident id, and logs what it was."""
+    if isinstance(error, asyncio.CancelledError):
+        return CancelledRequestError("the request was given up")
+    incident = uuid.uuid4().hex[:12]
+    _log.error("incident %s", incident, exc_info=error)
+    return InternalError(f"internal error, incident {incident}: see the server's log")

@@ -1,0 +1,183 @@
+"""The calling end of a frame stream: many requests in flight, answers in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Generic
+
+import grpc
+import grpc.aio
+
+from expertmesh.codec import frames
+from expertmesh.codec.messages import Codec, M, Pending
+from expertmesh.errors import (
+    DeadlineError,
+    InternalError,
+    InvalidRequestError,
+    MeshError,
+    UnavailableError,
+)
+from expertmesh.rpc import status
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.outbox import Outbox
+from expertmesh.rpc.tasks import TaskSet
+
+_log = logging.getLogger(__name__)
+
+
+class _Waiter(Generic[M]):
+    """One frame in flight."""
+
+    __slots__ = ("arriving", "future", "max_bytes")
+
+    def __init__(self, future: asyncio.Future[M], max_bytes: int) -> None:
+        self.future: asyncio.Future[M] = future
+        self.max_bytes = max_bytes
+        self.arriving: Pending[M] | None = None
+
+
+class FrameStream:
+    """One persistent bidirectional stream to one peer.
+
+    Used from one event loop. Once broken it stays broken (`broken` holds why): open another.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        path: str,
+        request_codec: Codec[Any],
+        response_codec: Codec[Any],
+        peer: str,
+    ) -> None:
+        self._call: Any = channel.stream_stream(path)()
+        self._request_codec = request_codec
+        self._response_codec = response_codec
+        self._peer = peer
+        self._waiters: dict[int, _Waiter[Any]] = {}
+        self._last_id = 0
+        self._outbox = Outbox()
+        self._tasks = TaskSet()
+        self.broken: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
+        self._tasks.spawn(self._write_all(), f"write {peer}")
+        self._tasks.spawn(self._read_all(), f"read {peer}")
+
+    @property
+    def in_flight(self) -> int:
+        """Frames sent and not answered."""
+        return len(self._waiters)
+
+    async def call(self, request: Any, deadline: Deadline, traceparent: str = "") -> Any:
+        """Sends one request and waits for its answer.
+
+        Raises what the peer answered, UnavailableError when the stream breaks, DeadlineError.
+        Cancelling it gives the frame up; the stream goes on.
+        """
+        if self.broken.done():
+            raise self._lost()
+        self._last_id += 1
+        frame_id = self._last_id
+        # Begun here, so that what cannot be encoded fails this call and not the stream.
+        messages = frames.begin(
+            frames.encode(self._request_codec, request, frame_id, deadline.timeout_us, traceparent)
+        )
+        waiter: _Waiter[Any] = _Waiter(
+            asyncio.get_running_loop().create_future(),
+            request.hidden_states.nbytes,  # answers are as large as what was asked for
+        )
+        self._waiters[frame_id] = waiter
+        self._outbox.put(frame_id, messages)
+        try:
+            async with asyncio.timeout(deadline.timeout):
+                return await waiter.future
+        except TimeoutError:
+            raise DeadlineError(
+                f"{self._peer} did not answer before the deadline: allow more time, or send fewer "
+                "rows"
+            ) from None
+        finally:
+            if self._waiters.pop(frame_id, None) is not None and not self.broken.done():
+                self._outbox.discard(frame_id)
+                self._outbox.put(frame_id, iter((frames.encode_cancel(frame_id),)))
+
+    async def close(self) -> None:
+        """Ends the stream; frames in flight fail with UnavailableError."""
+        self._break(UnavailableError(f"the stream to {self._peer} was closed"))
+        self._call.cancel()
+        await self._tasks.close()
+
+    async def _write_all(self) -> None:
+        try:
+            await self._outbox.run(self._call.write)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the reader learns why
+        except Exception as error:
+            self._fail(error)
+
+    async def _read_all(self) -> None:
+        try:
+            while (buffer := await self._call.read()) is not grpc.aio.EOF:
+                self._receive(buffer)
+            code, details = await self._call.code(), await self._call.details()
+            error: MeshError = UnavailableError(
+                f"{self._peer} ended the stream: {details or code.name}"
+            )
+        except grpc.aio.AioRpcError as rpc_error:
+            error = status.from_call(rpc_error, self._peer)
+            if not isinstance(error, InvalidRequestError):
+                # However a connection or a peer dies (reset, cancelled, internal): the frames in
+                # flight were not answered, and another peer may answer them.
+                error = UnavailableError(error.message)
+        except MeshError as decode_error:
+            error = InternalError(f"{self._peer} sent an answer that cannot be read: "
+                                  f"{decode_error.message}")  # fmt: skip
+            self._call.cancel()
+        except Exception as unexpected:
+            self._fail(unexpected)
+            return
+        self._break(error)
+
+    def _fail(self, error: Exception) -> None:
+        """A bug of ours ends the stream, so that another is opened, and is logged."""
+        _log.error("the stream to %s failed", self._peer, exc_info=error)
+        self._break(UnavailableError(f"the stream to {self._peer} failed: see the log"))
+        self._call.cancel()
+
+    def _receive(self, buffer: bytes) -> None:
+        message = frames.decode(buffer)
+        waiter = self._waiters.get(message.frame_id)
+        if waiter is None:
+            return  # given up; the answer was on its way
+        if isinstance(message, frames.End):
+            self._settle(message.frame_id, frames.decode_error(buffer, message.at, message.end))
+            return
+        if isinstance(message, frames.Start):
+            waiter.arriving = self._response_codec.decode(
+                buffer, message.at, message.end, waiter.max_bytes
+            )
+        elif waiter.arriving is not None:
+            waiter.arriving.hidden_states.append(buffer, message.at, message.end)
+        if waiter.arriving is not None and waiter.arriving.hidden_states.complete:
+            self._settle(message.frame_id, waiter.arriving.finish())
+
+    def _settle(self, frame_id: int, outcome: Any) -> None:
+        future = self._waiters.pop(frame_id).future
+        if future.done():
+            return
+        if isinstance(outcome, MeshError):
+            future.set_exception(outcome)
+            future.exception()  # who waits sees it; who has gone is not missed
+        else:
+            future.set_result(outcome)
+
+    def _break(self, error: MeshError) -> None:
+        if self.broken.done():
+            return
+        self.broken.set_result(error)
+        for frame_id in list(self._waiters):
+            self._settle(frame_id, self._lost())
+
+    def _lost(self) -> MeshError:
+        error = self.broken.result()
+        return type(error)(error.message, field=error.field, retry_after_s=error.retry_after_s)
