@@ -1,0 +1,75 @@
+"""`python -m expert_service`: one expert server without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import uvloop
+
+from expert_service.server import ExpertServer, Placing
+from expertmesh.checkpoint import Checkpoint
+from expertmesh.config import RpcConfig
+from expertmesh.errors import ConfigError
+from expertmesh.placement import initial_parts
+from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m expert_service",
+        description="Serves one shard of a checkpoint's experts over gRPC.",
+        epilog="example: python -m expert_service CHECKPOINT --shard 0/2 --controller HOST:PORT",
+    )
+    parser.add_argument("checkpoint", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("--shard", default="0/1", help="which part of how many, e.g. 0/2")
+    parser.add_argument("--server-id", default="", help="stable name; default shard-N")
+    parser.add_argument("--controller", default="", help="load controller, host:port")
+    parser.add_argument("--host", default="127.0.0.1", help="address that routers can reach")
+    parser.add_argument("--port", type=int, default=0, help="0 for any free port")
+    parser.add_argument("--backend", default="auto", help="auto, onednn or reference")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads for computing")
+    return parser.parse_args(argv)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(index, count) of "index/count". Raises ConfigError."""
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"--shard is {text!r}, expected index/count, for example 0/2")
+    return int(index), int(count)
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    index, count = parse_shard(arguments.shard)
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    server = ExpertServer(
+        checkpoint,
+        initial_parts(checkpoint.spec, count)[index],
+        Placing(
+            server_id=arguments.server_id or f"shard-{index}",
+            host=arguments.host,
+            controller=arguments.controller,
+        ),
+        backend=arguments.backend,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        rpc=RpcConfig(port=arguments.port),
+    )
+    await run_until_signal(
+        server, lambda: print(f"LISTENING {server.endpoint}", flush=True), server.failed
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until a signal. The exit code."""
+    arguments = _arguments(argv)
+    setup_logging()
+    return exit_code(lambda: uvloop.run(_serve(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

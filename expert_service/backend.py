@@ -1,0 +1,50 @@
+"""What a device must be able to do: hold slots and add up their weighted outputs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from expertmesh.model import ExpertWeights, Slot
+
+
+class Backend(Protocol):
+    """Holds experts on one device and computes with them. Called from one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """Backend and device, for example "onednn/cpu"."""
+        ...
+
+    def load(self, slot: Slot, weights: ExpertWeights) -> None:
+        """Takes one expert's weights, in the dtype they shall compute in.
+
+        The backend may keep the tensors or a packed copy; the caller drops its references.
+        Raises ConfigError when they do not fit the device's memory.
+        """
+        ...
+
+    def drop(self, slot: Slot) -> None:
+        """Forgets one expert. Raises KeyError when it is not held."""
+        ...
+
+    def finish_loading(self) -> None:
+        """Called once after the initial loads: warm up what the first request would pay for."""
+        ...
+
+    def compute(
+        self,
+        layer: int,
+        hidden_RH: torch.Tensor,
+        expert_ids_RK: torch.Tensor,
+        weights_RK: torch.Tensor,
+    ) -> torch.Tensor:
+        """For each row, the sum over k of weights[r, k] * expert(ids[r, k])(hidden[r]).
+
+        `hidden_RH` is float32, float16 or bfloat16 on the CPU; `expert_ids_RK` int32, -1 where
+        nothing is asked; `weights_RK` float32. Sums are accumulated in float32 and returned as
+        [R, H] in `hidden_RH`'s dtype, on the CPU. R may be 0. A row whose ids are all -1 gives
+        zeros. Every id other than -1 is held, and none is twice in a row: the caller has checked.
+        """
+        ...

@@ -1,0 +1,159 @@
+"""The second half of SwiGLU experts: the down projection, times the weight of the pair.
+
+    y[a] = weights[r, k] * (W_down[e] @ h[a])     (r, k), e: pair and slot of sorted position a
+
+R rows, H hidden size, I intermediate size, L slots, K experts asked per row, A sorted positions
+(see `triton_route`). The sum and the weight are float32, rounded once. Every position has one
+writer: no atomics, so equal inputs give equal bits.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Arguments of a kernel have no type that mypy knows.
+
+import torch
+import triton
+import triton.language as tl
+
+from expert_service.kernels.triton_route import Route
+from expert_service.kernels.triton_tiles import Tile
+
+
+# Numbers that vary between batches are not specialised on: no batch waits for a compilation.
+@triton.jit(do_not_specialize=["num_blocks"])
+def _down_kernel(
+    h_ptr,
+    down_ptr,
+    weights_ptr,
+    y_ptr,
+    pairs_ptr,
+    block_slots_ptr,
+    block_rows_ptr,
+    num_blocks,
+    stride_ha,
+    stride_dl,
+    stride_dh,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Blocks of one group run side by side, column by column: those of one slot share its weights.
+    COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    group = tl.program_id(0) // (GROUP_M * COLUMNS)
+    group_rows = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
+    inside = tl.program_id(0) % (GROUP_M * COLUMNS)
+    block = group * GROUP_M + inside % group_rows
+    column = inside // group_rows
+
+    rows = tl.load(block_rows_ptr + block)
+    if rows == 0:
+        return
+    slot = tl.load(block_slots_ptr + block).to(tl.int64)
+    offs_m = tl.arange(0, BLOCK_M)
+    valid = offs_m < rows
+    position = (block * BLOCK_M + offs_m).to(tl.int64)
+    pair = tl.load(pairs_ptr + position, mask=valid, other=0)
+    weight = tl.load(weights_ptr + pair, mask=valid, other=0.0)
+
+    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_n = tl.minimum(offs_n, H - 1)  # columns past the end are computed, and not stored
+    offs_k = tl.arange(0, BLOCK_K)
+    h_ptrs = h_ptr + position[:, None] * stride_ha + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
+    down_ptrs = down_ptr + slot * stride_dl + safe_n[None, :] * stride_dh + offs_k[:, None]
+
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, I, BLOCK_K):
+        if I % BLOCK_K == 0:
+            h = tl.load(h_ptrs + k, mask=valid[:, None], other=0.0)
+            down_w = tl.load(down_ptrs + k)  # [BLOCK_K, BLOCK_N]
+        else:
+            inner = offs_k < I - k
+            h = tl.load(h_ptrs + k, mask=valid[:, None] & inner[None, :], other=0.0)
+            down_w = tl.load(down_ptrs + k, mask=inner[:, None], other=0.0)
+        y = tl.dot(h, down_w, y, input_precision="ieee")
+
+    y = y * weight[:, None]
+    y_ptrs = y_ptr + position[:, None] * H + offs_n[None, :]
+    mask = valid[:, None] & (offs_n < H)[None, :]
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def down(
+    h_AI: torch.Tensor,
+    down_LHI: torch.Tensor,
+    weights_RK: torch.Tensor,
+    routed: Route,
+    tile: Tile,
+) -> torch.Tensor:
+    """y [A, H] in `h_AI`'s dtype; undefined at positions that are padding.
+
+    `weights_RK` is float32; nobody reads the weight of a pair that is not held. The last dimension
+    of each input must be contiguous; `h_AI` and `down_LHI` have one dtype.
+    """
+    _check(h_AI, down_LHI, weights_RK, routed, tile)
+    size = down_LHI.shape[1]
+    y_AH = h_AI.new_empty(len(h_AI), size)
+    num_blocks = len(routed.block_rows)
+    if y_AH.numel():
+        _down_kernel[(num_blocks * triton.cdiv(size, tile.block_n),)](
+            h_AI,
+            down_LHI,
+            weights_RK,
+            y_AH,
+            routed.pairs,
+            routed.block_slots,
+            routed.block_rows,
+            num_blocks,
+            h_AI.stride(0),
+            *down_LHI.stride()[:2],
+            H=size,
+            I=h_AI.shape[1],
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return y_AH
+
+
+def _check(
+    h_AI: torch.Tensor,
+    down_LHI: torch.Tensor,
+    weights_RK: torch.Tensor,
+    routed: Route,
+    tile: Tile,
+) -> None:
+    shapes = (
+        f"h {tuple(h_AI.shape)}, down {tuple(down_LHI.shape)}, "
+        f"weights {tuple(weights_RK.shape)}, positions {tuple(routed.positions.shape)}"
+    )
+    fit = (
+        h_AI.dim() == 2
+        and down_LHI.dim() == 3
+        and down_LHI.shape[2] == h_AI.shape[1]
+        and down_LHI.shape[0] == routed.num_slots
+        and len(h_AI) == len(routed.pairs)
+        and weights_RK.shape == routed.positions.shape
+    )
+    if not fit:
+        wanted = f"[A={len(routed.pairs)}, I], [L={routed.num_slots}, H, I], [R, K], [R, K]"
+        raise ValueError(f"{shapes}; expected {wanted}")
+    if weights_RK.dtype != torch.float32 or not weights_RK.is_contiguous():
+        raise ValueError(
+            f"weights are {weights_RK.dtype} with strides {weights_RK.stride()}; expected "
+            "contiguous float32"
+        )
+    for name, tensor in (("h", h_AI), ("down", down_LHI)):
+        if tensor.dtype != h_AI.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}; expected {h_AI.dtype} as of h")
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; expected the last "
+                "dimension contiguous"
+            )
+    if tile.block_m != routed.block_m:
+        raise ValueError(f"the tile has block_m {tile.block_m}; routed for {routed.block_m}")

@@ -1,0 +1,222 @@
+"""A running expert server: checkpoint, backend, device thread, gRPC server, announcements."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from expert_service.announcer import Announcer
+from expert_service.kernels import create_backend
+from expert_service.runner import DeviceRunner
+from expert_service.servicer import SERVICE, ExpertServicer
+from expert_service.shard import ExpertShard
+from expertmesh.checkpoint import Checkpoint
+from expertmesh.config import ExpertConfig, RpcConfig
+from expertmesh.errors import ConfigError, MeshError
+from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Slot
+from expertmesh.placement import group_by_layer
+from expertmesh.rpc.server import GrpcServer
+from expertmesh.rpc.session import Admission, internal
+from expertmesh.rpc.tasks import TaskSet
+from expertmesh.v1 import control_pb2, expert_pb2, router_pb2
+
+_log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placing:
+    """Who this server is and where it can be reached."""
+
+    server_id: str  # stable across restarts
+    host: str  # address that routers can reach
+    node: str = ""  # for people; the host's name when empty
+    controller: str = ""  # "host:port"; empty to serve without one
+
+
+def parse_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of that name; "auto" is the checkpoint's own. Raises ConfigError."""
+    if name == "auto":
+        return checkpoint.spec.dtype
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class ExpertServer:
+    """One shard behind gRPC. Made and used on one event loop."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        slots: Sequence[Slot],
+        placing: Placing,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int = 1,
+        rpc: RpcConfig | None = None,
+        config: ExpertConfig | None = None,
+    ) -> None:
+        """Raises ConfigError for slots, backends or dtypes that cannot be."""
+        config, rpc = config or ExpertConfig(), rpc or RpcConfig()
+        self._checkpoint = checkpoint
+        self._placing = placing
+        self._dtype = parse_dtype(dtype, checkpoint)
+        self._backend = create_backend(backend, device, self._dtype, checkpoint.spec, threads)
+        self.shard = ExpertShard(checkpoint.spec, slots, self._backend)
+        self._planned = group_by_layer(slots)
+        self._runner = DeviceRunner(self.shard, threads, config.max_queue)
+        admission = Admission(rpc)
+        self._server = GrpcServer(rpc, admission)
+        self._server.add(SERVICE, ExpertServicer(self, self._runner, admission).handlers())
+        self._tasks = TaskSet()
+        self._announcer: Announcer | None = None
+        if placing.controller:
+            self._announcer = Announcer(
+                placing.controller, self._announcement, self._executions, config.announce_every_s
+            )
+        self.state = "loading"
+        self.error = ""
+        self.incarnation = uuid.uuid4().hex
+        self._started_at_ns = time.time_ns()
+        self._total_bytes = sum(checkpoint.slot_bytes(slot) for slot in slots)
+        self._loaded_bytes = 0
+        #: Done, with the reason, when this server can never serve: end the process.
+        self.failed: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def endpoint(self) -> str:
+        """ "host:port" that routers can reach; known once started."""
+        return f"{self._placing.host}:{self._server.port}"
+
+    @property
+    def oldest_epoch(self) -> int:
+        """See Host."""
+        return self._announcer.oldest_epoch if self._announcer is not None else 0
+
+    async def start(self) -> None:
+        """Listens and begins to load; returns before the weights are there."""
+        await self._server.start()
+        if self._announcer is not None:
+            self._tasks.spawn(self._announce(self._announcer), "announce")
+        self._tasks.spawn(self._load(), "load")
+
+    async def _announce(self, announcer: Announcer) -> None:
+        refusal = await announcer.run()
+        self._fail(refusal)
+
+    async def _load(self) -> None:
+        try:
+            await self._runner.call(self.shard.load, self._read_expert, self._on_slot)
+        except MeshError as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(internal(error))
+        else:
+            self._set_state("ready")
+            await self._server.set_serving(True)
+            _log.info("%s ready at %s: %d slots", self._placing.server_id, self.endpoint,
+                      len(self.shard.slots))  # fmt: skip
+
+    def _read_expert(self, slot: Slot) -> ExpertWeights:
+        return self._checkpoint.read_expert(slot, self._dtype)
+
+    def _on_slot(self, slot: Slot) -> None:
+        self._loaded_bytes += self._checkpoint.slot_bytes(slot)
+
+    def _fail(self, error: MeshError) -> None:
+        self.error = error.message
+        self._set_state("failed")
+        _log.error("%s: %s", self._placing.server_id, error.message)
+        if not self.failed.done():
+            self.failed.set_result(error)
+            self._tasks.spawn(self._server.set_serving(False), "health")
+
+    def _set_state(self, state: str) -> None:
+        self.state = state
+        if self._announcer is not None:
+            self._announcer.changed()
+
+    def status(self) -> router_pb2.ServerStatus:
+        """What this server says of itself."""
+        return router_pb2.ServerStatus(
+            server_id=self._placing.server_id,
+            endpoint=self.endpoint,
+            incarnation=self.incarnation,
+            state=self.state,
+            slots=sum(len(experts) for experts in self._planned.values()),
+            loaded_bytes=self._loaded_bytes,
+            total_bytes=self._total_bytes,
+            pid=os.getpid(),
+            node=self._placing.node or socket.gethostname(),
+            backend=self._backend.name,
+            error=self.error,
+        )
+
+    def describe(self) -> expert_pb2.DescribeShardResponse:
+        """See expert.proto."""
+        ready = self.state == "ready"
+        digests = self.shard.slot_digests if ready else {}
+        return expert_pb2.DescribeShardResponse(
+            protocol_version=PROTOCOL_VERSION,
+            checkpoint_digest=self._checkpoint.digest,
+            server_id=self._placing.server_id,
+            incarnation=self.incarnation,
+            layers=self._layer_slots(),
+            backend=self._backend.name,
+            ready=ready,
+            slot_digests=[digests[slot] for slot in sorted(digests)],
+        )
+
+    def _layer_slots(self) -> list[expert_pb2.LayerSlots]:
+        return [
+            expert_pb2.LayerSlots(layer=layer, experts=experts)
+            for layer, experts in self._planned.items()
+        ]
+
+    def _announcement(self) -> control_pb2.AnnounceServerRequest:
+        return control_pb2.AnnounceServerRequest(
+            server=self.status(),
+            protocol_version=PROTOCOL_VERSION,
+            checkpoint_digest=self._checkpoint.digest,
+            started_at_ns=self._started_at_ns,
+            layers=self._layer_slots(),
+        )
+
+    def _executions(self) -> control_pb2.ReportExecutionsRequest:
+        return control_pb2.ReportExecutionsRequest(
+            source=self._placing.server_id,
+            incarnation=self.incarnation,
+            layers=[
+                control_pb2.LayerExecutions(layer=layer, counts=counts.tolist())
+                for layer, counts in self.shard.execution_counts().items()
+                if counts.any()
+            ],
+        )
+
+    async def stop(self) -> None:
+        """Says that it drains, lets requests in flight end, closes everything; once is enough."""
+        if self.state == "draining":
+            return
+        self._set_state("draining")
+        if self._announcer is not None:
+            try:
+                await self._announcer.announce()
+            except MeshError as error:
+                _log.warning("draining unannounced: %s", error.message)
+        await self._server.stop()
+        await self._tasks.close()
+        if self._announcer is not None:
+            await self._announcer.close()
+        self._runner.close()
+        self._checkpoint.close()

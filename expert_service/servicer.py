@@ -1,0 +1,70 @@
+"""Translates ExpertService calls to one shard and back."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from expert_service.runner import DeviceRunner
+from expertmesh.codec import messages
+from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
+from expertmesh.errors import StaleEpochError, UnavailableError
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
+from expertmesh.rpc.session import Admission, FrameProtocol
+from expertmesh.v1 import expert_pb2 as pb
+
+SERVICE = "expertmesh.v1.ExpertService"
+
+
+class Host(Protocol):
+    """What the servicer asks of the server around it."""
+
+    @property
+    def state(self) -> str:
+        """ "loading", "ready", "draining" or "failed"."""
+        ...
+
+    @property
+    def oldest_epoch(self) -> int:
+        """Requests planned with an older placement are refused."""
+        ...
+
+    def describe(self) -> pb.DescribeShardResponse:
+        """See expert.proto."""
+        ...
+
+
+class ExpertServicer:
+    """Decode, one call, encode."""
+
+    def __init__(self, host: Host, runner: DeviceRunner, admission: Admission) -> None:
+        self._host = host
+        self._runner = runner
+        self._protocol = FrameProtocol(
+            messages.EXECUTE_REQUEST, messages.EXECUTE_RESPONSE, self.execute, admission
+        )
+
+    def handlers(self) -> dict[str, Any]:
+        """The service's method table."""
+        return {
+            "DescribeShard": unary(self.describe_shard, pb.DescribeShardRequest),
+            "Execute": unary_tensor(self._protocol),
+            "ExecuteStream": stream_tensor(self._protocol),
+        }
+
+    async def describe_shard(
+        self, request: pb.DescribeShardRequest, deadline: Deadline
+    ) -> pb.DescribeShardResponse:
+        """See expert.proto."""
+        return self._host.describe()
+
+    async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
+        """See expert.proto."""
+        if self._host.state != "ready":
+            raise UnavailableError(f"this expert server is {self._host.state}", retry_after_s=1.0)
+        if request.epoch < self._host.oldest_epoch:
+            raise StaleEpochError(
+                f"epoch {request.epoch} is older than {self._host.oldest_epoch}, the oldest in "
+                "use: take the newest placement and plan again"
+            )
+        return await self._runner.execute(request, deadline)
