@@ -1,0 +1,1 @@
+"""The router: gate, plan, fan out, combine."""

@@ -1,0 +1,48 @@
+"""`python -m router_service`: one router without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import uvloop
+
+from expertmesh.config import RpcConfig
+from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from router_service.server import RouterServer, open_model
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m router_service",
+        description="Gates tokens and spreads them over the expert servers of a load controller.",
+        epilog="example: python -m router_service CHECKPOINT --controller HOST:PORT --port 50051",
+    )
+    parser.add_argument("checkpoint", help="folder of a Hugging Face checkpoint (gates are read)")
+    parser.add_argument("--controller", required=True, help="load controller, host:port")
+    parser.add_argument("--router-id", default="router-0", help="stable name of this router")
+    parser.add_argument("--host", default="127.0.0.1", help="address that clients can reach")
+    parser.add_argument("--port", type=int, default=0, help="0 for any free port")
+    return parser.parse_args(argv)
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    server = RouterServer(
+        open_model(arguments.checkpoint),
+        router_id=arguments.router_id,
+        controller=arguments.controller,
+        host=arguments.host,
+        rpc=RpcConfig(port=arguments.port),
+    )
+    await run_until_signal(server, lambda: print(f"LISTENING {server.address}", flush=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until a signal. The exit code."""
+    arguments = _arguments(argv)
+    setup_logging()
+    return exit_code(lambda: uvloop.run(_serve(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

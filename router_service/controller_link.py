@@ -1,0 +1,139 @@
+"""A router's two loops with the load controller: state comes down, counts go up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from expertmesh.errors import MeshError, MismatchError, UnavailableError
+from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.rpc import status
+from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.v1 import control_pb2, control_pb2_grpc
+from router_service.router import Router
+
+_log = logging.getLogger(__name__)
+_REPORT_TIMEOUT_S = 5.0
+_RECONNECT_PAUSE_S = 0.2  # a controller restarts in seconds; asking five times a second is cheap
+
+
+class ControllerLink:
+    """Keeps a router's snapshot and directory current, and the controller's counts.
+
+    While the controller is away the router goes on with what it has; counts are totals, so the
+    next report says all that was missed.
+    """
+
+    def __init__(self, router: Router, router_id: str, controller: str, report_every_s: float):
+        self.endpoint = ""
+        self.controller = controller
+        self.routers: list[str] = []
+        self.connected = False
+        self.refused: MismatchError | None = None
+        self._router = router
+        self._router_id = router_id
+        self._incarnation = uuid.uuid4().hex
+        self._report_every_s = report_every_s
+        self._sequence = 0
+        self._reported = (-1, -1, -1)
+        self._reporting = asyncio.Lock()
+        self._channel = open_channel(controller)
+        self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        """Follows the cluster's state until cancelled. Ends when the controller refuses us."""
+        while True:
+            request = control_pb2.WatchClusterRequest(
+                router_id=self._router_id,
+                incarnation=self._incarnation,
+                endpoint=self.endpoint,
+                protocol_version=PROTOCOL_VERSION,
+                checkpoint_digest=self._router.model.digest,
+            )
+            try:
+                async for message in self._stub.WatchCluster(request):
+                    self.connected = True
+                    self._apply(message)
+                    on_change()
+            except grpc.aio.AioRpcError as rpc_error:
+                error = status.from_call(rpc_error, f"load controller at {self.controller}")
+                if isinstance(error, MismatchError):
+                    self.refused = error
+                    _log.error("the load controller refuses this router: %s", error.message)
+                    return
+                if self.connected:
+                    _log.warning("lost the load controller: %s; serving goes on", error.message)
+            self.connected = False
+            await asyncio.sleep(_RECONNECT_PAUSE_S)
+
+    def _apply(self, message: control_pb2.WatchClusterResponse) -> None:
+        router = self._router
+        if message.HasField("placement"):
+            router.snapshot = router.snapshot.with_placement(message.placement, router.model.spec)
+        if message.HasField("bias"):
+            router.snapshot = router.snapshot.with_bias(message.bias, router.model.gates)
+        if message.HasField("directory"):
+            self.routers = list(message.directory.routers)
+            router.pool.update(message.directory.servers)
+
+    async def report_all(self) -> None:
+        """Reports counts a few times a second, as long as they change."""
+        while True:
+            await asyncio.sleep(self._report_every_s)
+            try:
+                await self.flush(Deadline.after(_REPORT_TIMEOUT_S))
+            except MeshError as error:
+                _log.debug("report failed: %s", error.message)
+
+    async def flush(self, deadline: Deadline) -> None:
+        """Makes the controller know every answer given before the call."""
+        async with self._reporting:
+            bias_version, epoch = self._router.snapshot.bias_version, self._router.oldest_epoch()
+            state = (self._router.counts.version, bias_version, epoch)
+            if state == self._reported:
+                return
+            self._sequence += 1
+            report = control_pb2.ReportAssignmentsRequest(
+                source=self._router_id,
+                incarnation=self._incarnation,
+                sequence=self._sequence,
+                bias_version=bias_version,
+                epoch=epoch,
+            )
+            self._router.counts.report(report)
+            await self._call(self._stub.ReportAssignments, report, deadline)
+            self._reported = state
+
+    async def cluster_load(self, deadline: Deadline) -> control_pb2.GetClusterLoadResponse:
+        """The controller's totals, with this router's last answers in them."""
+        await self.flush(deadline)
+        response: control_pb2.GetClusterLoadResponse = await self._call(
+            self._stub.GetClusterLoad, control_pb2.GetClusterLoadRequest(), deadline
+        )
+        return response
+
+    async def _call(self, method: Any, request: object, deadline: Deadline) -> Any:
+        started = time.monotonic()
+        try:
+            timeout = min(deadline.remaining, _REPORT_TIMEOUT_S)
+            return await method(request, timeout=max(0.0, timeout))
+        except grpc.aio.AioRpcError as rpc_error:
+            error = status.from_call(rpc_error, f"load controller at {self.controller}")
+            if isinstance(error, UnavailableError):
+                raise UnavailableError(
+                    f"{error.message} (tried for {time.monotonic() - started:.1f} s): serving goes "
+                    "on and no count is lost; try again",
+                    retry_after_s=1.0,
+                ) from None
+            raise error from None
+
+    async def close(self) -> None:
+        """Closes the channel; `watch` and `report_all` must have ended."""
+        await self._channel.close()

@@ -1,0 +1,188 @@
+"""One router's connection to one expert server, kept up for as long as the server is announced."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from expertmesh.codec import messages
+from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
+from expertmesh.config import RouterConfig
+from expertmesh.errors import MeshError, MismatchError, UnavailableError
+from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.rpc import status
+from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.stream import FrameStream
+from expertmesh.v1 import expert_pb2, router_pb2
+
+_log = logging.getLogger(__name__)
+_CONNECT_TIMEOUT_S = 5.0  # a node that does not answer: try again, it may have moved meanwhile
+_SUSPECT_S = 2.0  # a server that was slower than its replica is left alone this long
+_NEW_BUCKET_ROW_S = 2e-3  # time allowed per row before a size has been seen: a slow CPU's
+
+
+class ServerLink:
+    """Connects, checks who answers, reconnects; knows how long this server usually takes."""
+
+    def __init__(
+        self,
+        announced: router_pb2.ServerStatus,
+        digest: str,
+        config: RouterConfig,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.announced = announced
+        self.error = ""
+        self._digest = digest
+        self._config = config
+        self._on_change = on_change
+        self._stream: FrameStream | None = None
+        self._moved = asyncio.Event()
+        self._suspect_until = 0.0
+        self._usual_s: dict[int, float] = {}
+
+    @property
+    def connected(self) -> bool:
+        """Whether requests can be sent now."""
+        return self._stream is not None and not self._stream.broken.done()
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a replica has answered before it lately."""
+        return time.monotonic() < self._suspect_until
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not answered."""
+        return self._stream.in_flight if self._stream is not None else 0
+
+    def update(self, announced: router_pb2.ServerStatus) -> None:
+        """Takes what the directory now says; another endpoint or incarnation reconnects."""
+        before = self.announced
+        self.announced = announced
+        if (before.endpoint, before.incarnation) != (announced.endpoint, announced.incarnation):
+            self._moved.set()
+
+    def suspend(self) -> None:
+        """Leaves the server alone for a while, where a replica can answer instead."""
+        self._suspect_until = time.monotonic() + _SUSPECT_S
+        self._on_change()
+
+    def patience_s(self, rows: int) -> float:
+        """How long to wait for an answer before a replica is asked too."""
+        usual = self._usual_s.get(rows.bit_length())
+        if usual is None:
+            return self._config.hedge_after_s + rows * _NEW_BUCKET_ROW_S
+        return max(self._config.hedge_after_s, self._config.hedge_factor * usual)
+
+    async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
+        """Asks the server. Raises what it answered, or UnavailableError."""
+        stream = self._stream
+        if stream is None:
+            raise UnavailableError(f"expert server {self.announced.server_id} is not connected")
+        started = time.monotonic()
+        response: ExecuteResponse = await stream.call(request, deadline)
+        self._learn(len(request.hidden_states), time.monotonic() - started)
+        return response
+
+    def _learn(self, rows: int, took_s: float) -> None:
+        bucket = rows.bit_length()
+        usual = self._usual_s.get(bucket, took_s)
+        self._usual_s[bucket] = usual + 0.2 * (took_s - usual)
+
+    async def run(self) -> None:
+        """Connects and reconnects until cancelled."""
+        pause = self._config.reconnect_pause_s
+        while True:
+            self._moved.clear()
+            endpoint = self.announced.endpoint
+            channel = open_channel(endpoint)
+            try:
+                await self._serve(channel, endpoint)
+                pause = self._config.reconnect_pause_s
+            except MeshError as error:
+                if error.message != self.error:
+                    _log.warning("server %s: %s", self.announced.server_id, error.message)
+                self.error = error.message
+            finally:
+                await self._disconnect()
+                await channel.close()
+            try:
+                async with asyncio.timeout(pause):
+                    await self._moved.wait()
+            except TimeoutError:
+                pause = min(2 * pause, self._config.reconnect_max_pause_s)
+
+    async def _serve(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+        await self._check(channel, endpoint)
+        self._stream = FrameStream(
+            channel,
+            "/expertmesh.v1.ExpertService/ExecuteStream",
+            messages.EXECUTE_REQUEST,
+            messages.EXECUTE_RESPONSE,
+            f"expert server {self.announced.server_id} at {endpoint}",
+        )
+        self.error = ""
+        self._suspect_until = 0.0
+        self._on_change()
+        moved = asyncio.ensure_future(self._moved.wait())
+        try:
+            await asyncio.wait((moved, self._stream.broken), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            moved.cancel()
+        if self._stream.broken.done():
+            self.error = self._stream.broken.result().message
+
+    async def _check(self, channel: grpc.aio.Channel, endpoint: str) -> None:
+        describe = channel.unary_unary(
+            "/expertmesh.v1.ExpertService/DescribeShard",
+            request_serializer=expert_pb2.DescribeShardRequest.SerializeToString,
+            response_deserializer=expert_pb2.DescribeShardResponse.FromString,
+        )
+        try:
+            shard = await describe(expert_pb2.DescribeShardRequest(), timeout=_CONNECT_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise status.from_call(error, f"expert server at {endpoint}") from None
+        refuse_mismatch(
+            f"expert server {shard.server_id} at {endpoint}",
+            shard.protocol_version,
+            shard.checkpoint_digest,
+            self._digest,
+        )
+        if shard.server_id != self.announced.server_id:
+            raise MismatchError(
+                f"{endpoint} answers as {shard.server_id!r}, expected "
+                f"{self.announced.server_id!r}: the directory is behind, it is asked again"
+            )
+
+    async def _disconnect(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            self._on_change()
+            await stream.close()
+
+
+def refuse_mismatch(who: str, protocol: int, digest: str, own_digest: str) -> None:
+    """Raises MismatchError when a peer belongs to another fleet."""
+    if protocol != PROTOCOL_VERSION:
+        raise MismatchError(
+            f"{who} speaks protocol version {protocol}, this router {PROTOCOL_VERSION}: run the "
+            "same release of expertmesh everywhere"
+        )
+    if digest != own_digest:
+        raise MismatchError(
+            f"{who} serves checkpoint {digest[:12]}, this router {own_digest[:12]}: start every "
+            "server from the same files"
+        )
+
+
+def rate(link: ServerLink) -> float:
+    """Relative share of new rows for a server: less while requests wait there."""
+    return 1.0 / (1.0 + math.sqrt(link.in_flight))

@@ -1,0 +1,157 @@
+"""The router: gate, plan, fan out, combine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from expertmesh import dispatch
+from expertmesh.codec.messages import ForwardRequest, ForwardResponse
+from expertmesh.config import RouterConfig
+from expertmesh.model import LayerSpec
+from expertmesh.placement import SlotMap
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.tasks import TaskSet
+from router_service import routing, validate
+from router_service.batch import Answer, LayerQueue, Member, split
+from router_service.counts import AssignmentCounts
+from router_service.fanout import FanOut
+from router_service.pool import ExpertPool
+from router_service.snapshot import EpochsInUse, Model, Snapshot
+
+
+class Router:
+    """Answers requests for the feed-forward layers of one model. Used from one event loop."""
+
+    def __init__(self, model: Model, pool: ExpertPool, config: RouterConfig) -> None:
+        self.model = model
+        self.pool = pool
+        self.counts = AssignmentCounts(model.spec)
+        self.snapshot = Snapshot(SlotMap.of(0, model.spec, {}))
+        self._config = config
+        self._queues: dict[tuple[int, torch.dtype], LayerQueue] = {}
+        self._tasks = TaskSet()
+        self._epochs = EpochsInUse()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="router-math")
+        self._fanout = FanOut(pool, lambda: self.snapshot.slots, config)
+
+    async def forward(self, request: ForwardRequest, deadline: Deadline) -> ForwardResponse:
+        """Applies one layer to every row of the request.
+
+        Raises InvalidRequestError and its kinds, UnavailableError, OverloadedError.
+        """
+        layer = validate.check(request, self.model.spec, self.model.layer(request.layer))
+        if deadline.timeout is None:
+            deadline = Deadline.after(self._config.default_timeout_s)
+        if len(request.hidden_states) == 0:
+            answer = self._empty(request, layer)
+        else:
+            answer = await self._queue(layer, request.hidden_states.dtype).answer(request, deadline)
+        self.counts.add(
+            layer.index,
+            answer.expert_ids,
+            caller_gated=request.expert_ids is not None,
+            retried=int(answer.retried_T.sum()),
+        )
+        return _response(request, answer, layer.top_k)
+
+    def _empty(self, request: ForwardRequest, layer: LayerSpec) -> Answer:
+        k = layer.top_k if request.expert_ids is None else request.expert_ids.shape[1]
+        return Answer(
+            request.hidden_states,
+            np.empty((0, k), np.int32),
+            np.empty((0, k), np.float32),
+            self.snapshot,
+            np.zeros(0, np.int64),
+        )
+
+    def _queue(self, layer: LayerSpec, dtype: torch.dtype) -> LayerQueue:
+        key = (layer.index, dtype)
+        queue = self._queues.get(key)
+        if queue is None:
+            queue = self._queues[key] = LayerQueue(
+                lambda members, deadline: self._compute(layer, members, deadline),
+                self._config.max_batch_rows,
+                self._config.max_batches_per_layer,
+                self._tasks,
+            )
+        return queue
+
+    async def _compute(
+        self, layer: LayerSpec, members: list[Member], deadline: Deadline
+    ) -> list[Answer]:
+        """One batch, with one snapshot from its start to its end."""
+        snapshot = self.snapshot
+        with self._epochs.using(snapshot.slots.epoch):
+            return await self._answer(layer, members, snapshot, deadline)
+
+    async def _answer(
+        self, layer: LayerSpec, members: list[Member], snapshot: Snapshot, deadline: Deadline
+    ) -> list[Answer]:
+        requests = [member.request for member in members]
+        rows = sum(member.rows for member in members)
+        gate = self.model.gates.get(layer.index)
+        bias = snapshot.biases.get(layer.index, gate.bias if gate is not None else None)
+        batch = await self._math(rows, routing.route_batch, requests, layer, gate, bias)
+        result = await self._fanout.run(batch, layer.index, snapshot, deadline)
+        hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions)
+        routed = batch.routed_columns
+        answer = Answer(
+            hidden,
+            batch.expert_ids[:, :routed],
+            batch.weights[:, :routed],
+            snapshot,
+            result.retried_T,
+        )
+        return split(members, answer)
+
+    async def _math(self, rows: int, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs tensor work: large batches on the worker thread, never long on the event loop."""
+        if rows <= self._config.inline_rows:
+            return function(*arguments)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, function, *arguments)
+
+    def oldest_epoch(self) -> int:
+        """The oldest placement that a batch in flight uses; the newest when none is."""
+        return self._epochs.oldest(self.snapshot.slots.epoch)
+
+    def missing(self) -> str:
+        """What keeps this router from answering every request, in words; empty when nothing."""
+        slots = self.snapshot.slots
+        if slots.epoch == 0:
+            return "no placement yet: the load controller has not been heard"
+        for layer in self.model.spec.layers:
+            count = self.pool.holders(slots, layer.index).count_E
+            if (count == 0).any():
+                expert = int((count == 0).argmax())
+                return f"no connected server holds expert {expert} of layer {layer.index}"
+        return ""
+
+    async def close(self) -> None:
+        """Gives up what is in flight and closes every link."""
+        await self._tasks.close()
+        await self.pool.close()
+        self._worker.shutdown(wait=False)
+
+
+def _response(request: ForwardRequest, answer: Answer, top_k: int) -> ForwardResponse:
+    response = ForwardResponse(
+        hidden_states=answer.hidden_states,
+        bias_version=answer.snapshot.bias_version,
+        epoch=answer.snapshot.slots.epoch,
+        retried_pairs=int(answer.retried_T.sum()),
+    )
+    if request.want_detail:
+        # Requests merged with this one may have brought more columns.
+        k = top_k if request.expert_ids is None else request.expert_ids.shape[1]
+        response.expert_ids = torch.from_numpy(np.ascontiguousarray(answer.expert_ids[:, :k]))
+        response.expert_weights = torch.from_numpy(
+            np.ascontiguousarray(answer.expert_weights[:, :k])
+        )
+    return response

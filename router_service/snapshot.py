@@ -1,0 +1,85 @@
+"""What a batch is answered with: one immutable view of biases and placement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from expertmesh.model import GateWeights, LayerSpec, ModelSpec, Slot
+from expertmesh.placement import SlotMap
+from expertmesh.v1 import control_pb2
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One bias version and one slot map. A batch takes one and uses it to the end."""
+
+    slots: SlotMap
+    bias_version: int = 0
+    mode: str = "frozen"
+    #: By layer: trained bias + serving delta, [E] float32; the trained one for layers not here.
+    biases: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def with_placement(self, placement: control_pb2.Placement, spec: ModelSpec) -> Snapshot:
+        """The snapshot with that placement, or itself when its epoch is not newer."""
+        if placement.epoch <= self.slots.epoch:
+            return self
+        held = {
+            server.server_id: [
+                Slot(entry.layer, expert) for entry in server.layers for expert in entry.experts
+            ]
+            for server in placement.servers
+        }
+        return replace(self, slots=SlotMap.of(placement.epoch, spec, held))
+
+    def with_bias(
+        self, update: control_pb2.BiasUpdate, gates: Mapping[int, GateWeights]
+    ) -> Snapshot:
+        """The snapshot with those deltas, or itself when their version is not newer."""
+        if update.version <= self.bias_version:
+            return self
+        biases = {
+            entry.layer: gates[entry.layer].bias + torch.tensor(list(entry.delta))
+            for entry in update.layers
+            if entry.layer in gates and len(entry.delta) == len(gates[entry.layer].bias)
+        }
+        return replace(self, bias_version=update.version, mode=update.mode, biases=biases)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a router knows of the model: its shape, its gates, its digest."""
+
+    spec: ModelSpec
+    gates: Mapping[int, GateWeights]  # by index of each MoE layer
+    digest: str
+    dtype: torch.dtype  # in which the servers compute
+
+    def layer(self, index: int) -> LayerSpec | None:
+        """The layer of that index, or None."""
+        return self.spec.layer(index)
+
+
+class EpochsInUse:
+    """Which placements batches in flight were planned with."""
+
+    def __init__(self) -> None:
+        self._batches: dict[int, int] = {}
+
+    @contextmanager
+    def using(self, epoch: int) -> Iterator[None]:
+        """One batch uses the epoch for as long as this lasts."""
+        self._batches[epoch] = self._batches.get(epoch, 0) + 1
+        try:
+            yield
+        finally:
+            self._batches[epoch] -= 1
+            if not self._batches[epoch]:
+                del self._batches[epoch]
+
+    def oldest(self, otherwise: int) -> int:
+        """The oldest epoch in use, `otherwise` when none is."""
+        return min(self._batches, default=otherwise)
