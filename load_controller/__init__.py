@@ -1,0 +1,1 @@
+"""The load controller: counts in; directory, placement and biases out."""

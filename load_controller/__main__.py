@@ -1,0 +1,46 @@
+"""`python -m load_controller`: the load controller without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import uvloop
+
+from expertmesh.config import BalanceConfig, RpcConfig
+from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from load_controller.server import ControllerServer
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m load_controller",
+        description="Keeps a cluster's directory, load counts and expert biases.",
+        epilog="example: python -m load_controller --state state.sqlite --port 50050",
+    )
+    parser.add_argument("--state", required=True, help="SQLite file; made when absent")
+    parser.add_argument("--host", default="127.0.0.1", help="address that peers can reach")
+    parser.add_argument("--port", type=int, default=0, help="0: the last one, or any free port")
+    parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
+    return parser.parse_args(argv)
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    server = ControllerServer(
+        arguments.state,
+        host=arguments.host,
+        balance=BalanceConfig.of(arguments.balance),
+        rpc=RpcConfig(port=arguments.port),
+    )
+    await run_until_signal(server, lambda: print(f"LISTENING {server.address}", flush=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until a signal. The exit code."""
+    arguments = _arguments(argv)
+    setup_logging()
+    return exit_code(lambda: uvloop.run(_serve(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

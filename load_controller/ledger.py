@@ -1,0 +1,78 @@
+"""Load counts that duplicates, reordering, loss and restarts cannot change. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+
+
+class SourceKey(NamedTuple):
+    """One run of one router or server."""
+
+    source: str
+    incarnation: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """One source's totals since it started, by layer."""
+
+    key: SourceKey
+    sequence: int
+    totals: Mapping[int, Counts]
+
+
+class Ledger:
+    """The sum of all sources' totals.
+
+    A report replaces its source's earlier one; an older or repeated report (by sequence) is
+    dropped. What a source had reported before it died stays counted.
+    """
+
+    def __init__(self) -> None:
+        self._reports: dict[SourceKey, Report] = {}
+        self._totals: dict[int, Counts] = {}
+
+    def take(self, report: Report) -> dict[int, Counts] | None:
+        """Adds a report. Returns what is new by layer, or None for an old or repeated one."""
+        before = self._reports.get(report.key)
+        if before is not None and report.sequence <= before.sequence:
+            return None
+        self._reports[report.key] = report
+        news = {}
+        for layer, total in report.totals.items():
+            old = before.totals.get(layer) if before is not None else None
+            news[layer] = total if old is None else total - old
+            known = self._totals.get(layer)
+            self._totals[layer] = news[layer].copy() if known is None else known + news[layer]
+        return news
+
+    def totals(self) -> dict[int, Counts]:
+        """Counts by layer, over every source that ever reported."""
+        return dict(self._totals)
+
+
+class Window:
+    """Counts of one layer since its last bias update."""
+
+    def __init__(self, experts: int, top_k: int, opened_at: float) -> None:
+        self.counts = np.zeros(experts, np.int64)
+        self.top_k = max(1, top_k)
+        self.opened_at = opened_at
+
+    @property
+    def tokens(self) -> float:
+        """Tokens counted so far."""
+        return float(self.counts.sum()) / self.top_k
+
+    def is_due(self, now: float, window_tokens: int, window_s: float) -> bool:
+        """Whether it closes: enough tokens, or enough time and at least one token."""
+        return self.tokens >= window_tokens or (
+            now - self.opened_at >= window_s and bool(self.counts.any())
+        )

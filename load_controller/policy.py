@@ -1,0 +1,73 @@
+"""How counts become biases: pure functions, torch only.
+
+E experts of one layer; c_i = tokens given to expert i in a closed window; mean = sum(c) / E.
+The bias is added to the gate's score for *selection only* (arXiv 2412.19437, section 2.1.2), so
+these functions move who is chosen and never what a chosen expert weighs.
+
+Bias and counts may carry leading dimensions, `[..., E]`; every row is a layer of its own. What
+comes out is fp32, because a bf16 bias re-orders experts whose scores are close.
+"""
+
+import torch
+
+
+def sign(bias_E: torch.Tensor, counts_E: torch.Tensor, update_rate: float) -> torch.Tensor:
+    """Return b_i + u * sign(mean - c_i): every expert moves by the same step (arXiv 2408.15664).
+
+    An expert above the mean goes down, one below goes up, one exactly at the mean stays. A row in
+    which nothing was counted is returned unchanged.
+    """
+    error_E = _error(bias_E, counts_E, update_rate)
+    return bias_E.float() + update_rate * error_E.sign().float()
+
+
+def proportional(bias_E: torch.Tensor, counts_E: torch.Tensor, update_rate: float) -> torch.Tensor:
+    """Return b_i + u * (mean - c_i) / mean: the step shrinks as the load evens out.
+
+    This is the variant of arXiv 2408.15664, table 3. The paper does not write the division, but raw
+    counts (about 2e5 tokens an expert) could not work with its rates of 1e-4 to 1e-2, so the error
+    is taken relative to the mean. A row in which nothing was counted is returned unchanged.
+    """
+    error_E = _error(bias_E, counts_E, update_rate)
+    mean = _mean(counts_E)
+    relative_E = torch.where(mean > 0, error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
+    return bias_E.float() + update_rate * relative_E.float()
+
+
+def clamp_delta(delta_E: torch.Tensor, max_delta: float) -> torch.Tensor:
+    """Hold the delta (serving bias - trained bias) within [-max_delta, max_delta]."""
+    if not max_delta >= 0:
+        raise ValueError(f"max_delta is {max_delta}, expected a number >= 0")
+    return delta_E.float().clamp(-max_delta, max_delta)
+
+
+def max_violation(counts_E: torch.Tensor) -> float:
+    """Return MaxVio = (max_i c_i - mean) / mean of one layer (arXiv 2408.15664).
+
+    0 is perfect balance, E - 1 is everything on one expert. 0 also where nothing was counted: a
+    layer that had no traffic violates nothing.
+    """
+    if counts_E.dim() != 1 or counts_E.numel() == 0:
+        raise ValueError(f"counts have shape {tuple(counts_E.shape)}, expected [E] with E >= 1")
+    mean = float(_mean(counts_E))
+    return (float(counts_E.max()) - mean) / mean if mean > 0 else 0.0
+
+
+def _error(bias_E: torch.Tensor, counts_E: torch.Tensor, update_rate: float) -> torch.Tensor:
+    """mean - c_i in fp64, after the checks that both policies share."""
+    if bias_E.shape != counts_E.shape:
+        raise ValueError(
+            f"bias has shape {tuple(bias_E.shape)} but counts have {tuple(counts_E.shape)}"
+        )
+    if not update_rate >= 0:
+        raise ValueError(f"update_rate is {update_rate}, expected a number >= 0")
+    return _mean(counts_E) - counts_E.double()
+
+
+def _mean(counts_E: torch.Tensor) -> torch.Tensor:
+    """Mean over the experts, kept as `[..., 1]`.
+
+    fp64 holds every count below 2**53 exactly, so an expert at the mean has an error of exactly
+    zero; in fp32 a long window's rounding would push perfectly balanced experts about.
+    """
+    return counts_E.double().sum(-1, keepdim=True) / counts_E.shape[-1]

@@ -1,0 +1,75 @@
+"""A running load controller: store, gRPC server, clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from expertmesh.config import BalanceConfig, RpcConfig
+from expertmesh.rpc.server import GrpcServer
+from expertmesh.rpc.session import Admission
+from expertmesh.rpc.tasks import TaskSet
+from load_controller.controller import LoadController
+from load_controller.servicer import SERVICE, Changes, ControlServicer
+from load_controller.store import Store
+
+_log = logging.getLogger(__name__)
+_TICK_S = 0.1  # how late a window may close for want of a report
+
+
+class ControllerServer:
+    """One load controller. Made and used on one event loop."""
+
+    def __init__(
+        self,
+        state_file: str | Path,
+        *,
+        host: str,
+        balance: BalanceConfig | None = None,
+        rpc: RpcConfig | None = None,
+    ) -> None:
+        """`host` is the address that routers and servers can reach.
+
+        The port of the first start is kept in `state_file`: a restarted controller is found again
+        where it was.
+        """
+        self._store = Store(state_file)
+        rpc = rpc or RpcConfig()
+        if rpc.port == 0:
+            rpc = replace(rpc, port=int(self._store.meta("port") or 0))
+        changes = self._changes = Changes()
+        self.controller = LoadController(self._store, balance or BalanceConfig(), changes.notify)
+        self._host = host
+        self._server = GrpcServer(rpc, Admission(rpc))
+        self._server.add(SERVICE, ControlServicer(self.controller, changes).handlers())
+        self._tasks = TaskSet()
+
+    @property
+    def address(self) -> str:
+        """ "host:port" that peers can reach; known once started."""
+        return f"{self._host}:{self._server.port}"
+
+    async def start(self) -> None:
+        """Listens. Raises ConfigError when it cannot."""
+        await self._server.start()
+        self._store.set_meta("port", str(self._server.port))
+        self._tasks.spawn(self._tick(), "controller tick")
+        await self._server.set_serving(True)
+        _log.info("load controller at %s", self.address)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            self.controller.close_windows(now)
+            self.controller.mark_lost(now)
+
+    async def stop(self) -> None:
+        """Closes the port and the file."""
+        await self._tasks.close()
+        self._changes.close()
+        await self._server.stop()
+        self._store.close()

@@ -1,0 +1,140 @@
+"""Translates ControlService calls to one `LoadController` and back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from expertmesh.errors import MeshError
+from expertmesh.rpc import status
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.server import parse, unary
+from expertmesh.v1 import control_pb2 as pb
+from load_controller.controller import LoadController
+
+SERVICE = "expertmesh.v1.ControlService"
+
+
+class Changes:
+    """Wakes every watcher after a change."""
+
+    def __init__(self) -> None:
+        self.closing = False
+        self._next: asyncio.Future[None] | None = None
+
+    def close(self) -> None:
+        """Nothing changes any more: every watch ends."""
+        self.closing = True
+        self.notify()
+
+    def notify(self) -> None:
+        """Something changed."""
+        if self._next is not None and not self._next.done():
+            self._next.set_result(None)
+
+    def next(self) -> asyncio.Future[None]:
+        """Done at the next change."""
+        if self._next is None or self._next.done():
+            self._next = asyncio.get_running_loop().create_future()
+        return self._next
+
+
+class ControlServicer:
+    """Decode, one call, encode."""
+
+    def __init__(self, controller: LoadController, changes: Changes) -> None:
+        self._controller = controller
+        self._changes = changes
+
+    def handlers(self) -> dict[str, Any]:
+        """The service's method table."""
+        return {
+            "AnnounceServer": unary(self.announce_server, pb.AnnounceServerRequest),
+            "WatchCluster": grpc.unary_stream_rpc_method_handler(
+                self.watch_cluster,
+                response_serializer=pb.WatchClusterResponse.SerializeToString,
+            ),
+            "ReportAssignments": unary(self.report_assignments, pb.ReportAssignmentsRequest),
+            "ReportExecutions": unary(self.report_executions, pb.ReportExecutionsRequest),
+            "GetClusterLoad": unary(self.get_cluster_load, pb.GetClusterLoadRequest),
+            "SetBalanceMode": unary(self.set_balance_mode, pb.SetBalanceModeRequest),
+        }
+
+    async def announce_server(
+        self, request: pb.AnnounceServerRequest, deadline: Deadline
+    ) -> pb.AnnounceServerResponse:
+        """See control.proto."""
+        return self._controller.announce(request, time.monotonic())
+
+    async def watch_cluster(
+        self, buffer: bytes, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.WatchClusterResponse]:
+        """See control.proto."""
+        controller = self._controller
+        request = pb.WatchClusterRequest()
+        try:
+            request = parse(pb.WatchClusterRequest, buffer)
+            controller.check_peer(
+                f"router {request.router_id}", request.protocol_version, request.checkpoint_digest
+            )
+        except MeshError as error:
+            await context.abort_with_status(status.to_status(error))
+        controller.add_router(request.router_id, request.incarnation, request.endpoint)
+        try:
+            sent = (-1, -1, -1)
+            while not self._changes.closing:
+                message, now = self._news(sent)
+                changed = self._changes.next()
+                if now != sent:
+                    sent = now
+                    yield message
+                else:
+                    await asyncio.shield(changed)
+        finally:
+            controller.remove_router(request.router_id, request.incarnation)
+
+    def _news(
+        self, sent: tuple[int, int, int]
+    ) -> tuple[pb.WatchClusterResponse, tuple[int, int, int]]:
+        """The parts that are newer than what was sent, and their versions."""
+        controller = self._controller
+        now = (controller.directory_version, controller.epoch, controller.bias_version)
+        message = pb.WatchClusterResponse()
+        if now[1] != sent[1]:
+            message.placement.CopyFrom(controller.placement())
+        if now[2] != sent[2]:
+            message.bias.CopyFrom(controller.bias())
+        if now[0] != sent[0]:
+            message.directory.CopyFrom(controller.directory())
+        return message, now
+
+    async def report_assignments(
+        self, request: pb.ReportAssignmentsRequest, deadline: Deadline
+    ) -> pb.ReportAssignmentsResponse:
+        """See control.proto."""
+        self._controller.take_assignments(request, time.monotonic())
+        return pb.ReportAssignmentsResponse()
+
+    async def report_executions(
+        self, request: pb.ReportExecutionsRequest, deadline: Deadline
+    ) -> pb.ReportExecutionsResponse:
+        """See control.proto."""
+        self._controller.take_executions(request)
+        return pb.ReportExecutionsResponse()
+
+    async def get_cluster_load(
+        self, request: pb.GetClusterLoadRequest, deadline: Deadline
+    ) -> pb.GetClusterLoadResponse:
+        """See control.proto."""
+        return self._controller.load()
+
+    async def set_balance_mode(
+        self, request: pb.SetBalanceModeRequest, deadline: Deadline
+    ) -> pb.SetBalanceModeResponse:
+        """See control.proto."""
+        return pb.SetBalanceModeResponse(bias_version=self._controller.set_mode(request.mode))
