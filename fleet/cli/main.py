@@ -1,0 +1,67 @@
+"""`expertmesh`: parse, run one command, say what went wrong in one line.
+
+Exit codes: 0 done; 1 the command failed (the message says why); 2 wrong usage; 3 `status` found the
+cluster not ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+
+from expertmesh.errors import MeshError
+from fleet.cli import collect_env, demo, down, serve, status
+from fleet.cli.output import as_json, emit
+
+_DESCRIPTION = """Serve the experts of Mixture-of-Experts models as a cluster.
+
+examples:
+  expertmesh demo                              a whole cluster on this machine, shown at work
+  expertmesh serve CHECKPOINT --shards 4       serve a Hugging Face checkpoint until Ctrl-C
+  expertmesh status                            the last cluster started on this host
+  expertmesh down                              end it
+"""
+
+_COMMANDS = (serve, status, demo, collect_env, down)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; each says with `run` what does the work."""
+    parser = argparse.ArgumentParser(
+        prog="expertmesh",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in _COMMANDS:
+        command = commands.add_parser(
+            module.NAME,
+            help=module.HELP,
+            description=module.HELP + "\n\nexamples:\n" + module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print JSON instead of text")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. The exit code."""
+    arguments = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        # Ray prints notices on standard output, which is for what the command has to say.
+        with redirect_stdout(sys.stderr):
+            return run(arguments)
+    except MeshError as error:
+        if arguments.json:
+            emit(json.dumps({"error": as_json(error)}))
+        else:
+            print(f"error: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,91 @@
+"""What commands print: JSON for programs, plain text when piped, progress on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from expertmesh.errors import MeshError
+from expertmesh.v1 import router_pb2
+
+
+def emit(text: str, end: str = "\n") -> None:
+    """Prints what the command has to say. What libraries print goes elsewhere: see `main`."""
+    print(text, end=end, file=sys.__stdout__, flush=True)
+
+
+def as_json(error: MeshError) -> dict[str, Any]:
+    """An error for programs."""
+    return {"type": type(error).__name__, "reason": error.reason, "message": error.message}
+
+
+def server_json(server: router_pb2.ServerStatus) -> dict[str, Any]:
+    """One expert server for programs."""
+    return {
+        "server_id": server.server_id,
+        "endpoint": server.endpoint,
+        "state": server.state,
+        "connected": server.connected,
+        "slots": server.slots,
+        "loaded_bytes": server.loaded_bytes,
+        "total_bytes": server.total_bytes,
+        "pid": server.pid,
+        "node": server.node,
+        "backend": server.backend,
+        "error": server.error,
+    }
+
+
+class LoadingBars:
+    """One bar a server, in bytes, while a cluster starts. Plain lines where no terminal is."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+        self._said: dict[str, str] = {}
+        self._called = False
+
+    def __call__(self, status: router_pb2.GetStatusResponse) -> None:
+        """Takes a router's view."""
+        if self._progress is None and not self._called:
+            print("the router is up; expert servers start", file=sys.stderr, flush=True)
+        self._called = True
+        for server in status.servers:
+            if self._progress is None:
+                self._say(server)
+                continue
+            task = self._tasks.get(server.server_id)
+            if task is None:
+                task = self._tasks[server.server_id] = self._progress.add_task(
+                    server.server_id, total=max(1, server.total_bytes)
+                )
+            self._progress.update(task, completed=server.loaded_bytes)
+
+    def _say(self, server: router_pb2.ServerStatus) -> None:
+        if self._said.get(server.server_id) != server.state:
+            self._said[server.server_id] = server.state
+            print(
+                f"{server.server_id} on {server.node}: {server.state}, "
+                f"{server.loaded_bytes / 1e6:.1f} of {server.total_bytes / 1e6:.1f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+@contextmanager
+def loading_bars(*, quiet: bool) -> Iterator[LoadingBars | None]:
+    """What to hand to `launch` as its progress; nothing when quiet."""
+    console = Console(stderr=True)
+    if quiet:
+        yield None
+    elif not console.is_terminal:
+        yield LoadingBars(None)
+    else:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield LoadingBars(progress)

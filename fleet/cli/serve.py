@@ -1,0 +1,66 @@
+"""`expertmesh serve`: a cluster for as long as this command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import threading
+
+from fleet.cli.output import emit, loading_bars
+from fleet.launch import launch
+
+NAME = "serve"
+HELP = "Serve a Hugging Face MoE checkpoint until Ctrl-C, SIGTERM or `expertmesh down`."
+EXAMPLES = """\
+  expertmesh serve ./DeepSeek-V2-Lite --shards 2
+  expertmesh serve ./model --shards 4 --replicas 2 --port 50051
+  expertmesh serve ./model --ray-address auto --shards 8     # spread over a running Ray cluster
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    parser.add_argument("checkpoint", help="folder with config.json and safetensors")
+    parser.add_argument("--shards", type=int, default=2, help="parts of the model (2)")
+    parser.add_argument("--replicas", type=int, default=1, help="servers for each part (1)")
+    parser.add_argument("--routers", type=int, default=1, help="router processes (1)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    parser.add_argument("--backend", default="auto", help="auto, onednn or reference")
+    parser.add_argument("--port", type=int, default=50051, help="router port; 0 for any (50051)")
+    parser.add_argument("--ray-address", default=None, help="join this Ray: auto or host:port")
+    parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal. The exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a start that is under way
+    with loading_bars(quiet=arguments.json) as progress:
+        cluster = launch(
+            arguments.checkpoint,
+            shards=arguments.shards,
+            replicas=arguments.replicas,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            ray_address=arguments.ray_address,
+            port=arguments.port,
+            balance=arguments.balance,
+            routers=arguments.routers,
+            backend=arguments.backend,
+            progress=progress,
+            command=NAME,
+        )
+    stop = threading.Event()
+    with cluster:
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own while it started
+            signal.signal(number, lambda *_: stop.set())
+        endpoints = {s.server_id: s.endpoint for s in cluster.status().servers}
+        if arguments.json:
+            ready = {"event": "READY", "address": cluster.address, "experts": endpoints}
+            emit(json.dumps(ready))
+        else:
+            experts = " ".join(f"{name}={at}" for name, at in endpoints.items())
+            emit(f"READY {cluster.address} {experts}")
+        stop.wait()
+    return 0

@@ -1,0 +1,80 @@
+"""This process's connection to Ray, shared by the clusters that it launches."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+import ray
+
+from expertmesh.errors import ConfigError
+
+_PROBE_S = 3.0  # to find out whether anybody listens at a Ray address
+
+
+class RaySession:
+    """A connection that ends with the last cluster that uses it, if it was made for clusters."""
+
+    def __init__(self, *, ours: bool, local: bool) -> None:
+        """`local` is whether that Ray was started here, for this process."""
+        self.local = local
+        self._ours = ours
+        self._users = 0
+
+    def join(self) -> RaySession:
+        """One more cluster uses it."""
+        self._users += 1
+        return self
+
+    def leave(self) -> None:
+        """One cluster less."""
+        global _session
+        self._users -= 1
+        if self._ours and self._users == 0:
+            _session = None
+            ray.shutdown()
+
+
+_session: RaySession | None = None
+
+
+def connect(address: str | None) -> RaySession:
+    """Joins the Ray at `address` ("auto" or "host:port"), or starts one here for None.
+
+    A connection that this process already has is used as it is: the caller's own is left alone at
+    the end. Raises ConfigError when there is no Ray to join, or none can be started.
+    """
+    global _session
+    if ray.is_initialized():
+        return (_session or RaySession(ours=False, local=False)).join()
+    if address is not None:
+        _probe(address)
+    try:
+        ray.init(**_arguments(address))
+    except Exception as error:  # Ray raises bare ones, too
+        ray.shutdown()
+        what = f"join Ray at {address!r}" if address else "start Ray on this machine"
+        raise ConfigError(f"cannot {what}: {error}") from None
+    _session = RaySession(ours=True, local=address is None)
+    return _session.join()
+
+
+def _arguments(address: str | None) -> dict[str, Any]:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        return {"address": "local", "include_dashboard": False, **quiet}
+    return {"address": address, **quiet}
+
+
+def _probe(address: str) -> None:
+    """Raises ConfigError when nobody listens at "host:port": Ray would try for minutes."""
+    if address == "auto" or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"cannot join Ray at {address!r}: {error}; is it running there? see `ray status`"
+        ) from None
