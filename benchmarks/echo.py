@@ -1,0 +1,68 @@
+"""A bare gRPC stream that sends every chunk back as it came: the floor of one hop.
+
+python benchmarks/echo.py     # prints LISTENING host:port
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+METHOD = "/echo.Echo/Stream"
+CHUNK_BYTES = 1 << 20
+_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+
+
+async def _echo(chunks: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        yield chunk
+
+
+class EchoStream:
+    """One persistent stream to an echo server, one request at a time."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._call: Any = self._channel.stream_stream(METHOD)()
+
+    async def send(self, payload: bytes) -> int:
+        """Sends it in chunks, and returns how many bytes came back."""
+        view = memoryview(payload)
+        chunks = [bytes(view[at : at + CHUNK_BYTES]) for at in range(0, len(view), CHUNK_BYTES)]
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._write(chunks))
+            received = group.create_task(self._read(len(chunks)))
+        return received.result()
+
+    async def _write(self, chunks: list[bytes]) -> None:
+        for chunk in chunks:
+            await self._call.write(chunk)
+
+    async def _read(self, count: int) -> int:
+        return sum([len(await self._call.read()) for _ in range(count)])
+
+    async def close(self) -> None:
+        """Closes the stream and its connection."""
+        self._call.cancel()
+        await self._channel.close()
+
+
+async def _serve() -> None:
+    server = grpc.aio.server(options=_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(_echo)
+    service, method = METHOD.strip("/").split("/")
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {method: handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"LISTENING 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve())

@@ -1,0 +1,76 @@
+"""The services of one cluster, and an echo server, as processes without Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import expertmesh
+
+_ROOT = Path(__file__).parents[1]
+_READY_S = 120.0
+_STOP_S = 20.0
+
+
+@contextmanager
+def service(folder: Path, *command: str) -> Iterator[str]:
+    """`python COMMAND` with one thread that sleeps when idle; yields where it listens."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    log = folder / "services.log"
+    with (
+        log.open("a") as errors,
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line.startswith("LISTENING "):
+                raise RuntimeError(f"{command} did not start:\n{log.read_text()}")
+            yield line.split()[1]
+        finally:
+            process.terminate()
+            process.wait(_STOP_S)
+
+
+@contextmanager
+def cluster(checkpoint: Path, folder: Path, shards: int) -> Iterator[str]:
+    """A controller, a router and `shards` expert servers of one thread; the router's address."""
+    with ExitStack() as stack:
+        start = stack.enter_context
+        state = str(folder / "state.sqlite")
+        controller = start(service(folder, "-m", "load_controller", "--state", state))
+        link = ("--controller", controller)
+        router = start(service(folder, "-m", "router_service", str(checkpoint), *link))
+        for shard in range(shards):
+            part = ("--shard", f"{shard}/{shards}")
+            start(service(folder, "-m", "expert_service", str(checkpoint), *part, *link))
+        _wait_ready(router, shards)
+        yield router
+
+
+def _wait_ready(router: str, shards: int) -> None:
+    end = time.monotonic() + _READY_S
+    with expertmesh.connect(router, timeout=_READY_S) as mesh:
+        while True:
+            status = mesh.status()
+            if status.ready and sum(server.connected for server in status.servers) == shards:
+                return
+            if time.monotonic() > end:
+                raise RuntimeError(f"not ready after {_READY_S:.0f} s: {status.reason}")
+            time.sleep(0.05)
