@@ -1,0 +1,173 @@
+"""A whole cluster in this process: real gRPC on loopback, no Ray. For tests."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import expertmesh
+from expert_service.server import ExpertServer, Placing
+from expertmesh.checkpoint import Checkpoint
+from expertmesh.config import BalanceConfig, RouterConfig, RpcConfig
+from expertmesh.placement import initial_parts
+from expertmesh.rpc import loop
+from load_controller.server import ControllerServer
+from router_service.server import RouterServer, open_model
+
+LOCAL = RpcConfig(host="127.0.0.1", drain_s=1.0)
+
+
+@dataclass
+class LocalMesh:
+    """The services of one cluster, all on the shared event loop."""
+
+    path: Path
+    state: Path
+    controller: ControllerServer
+    routers: list[RouterServer]
+    servers: list[ExpertServer]
+    model: torch.nn.Module | None = None
+    extra: list[ExpertServer] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        """Every router's address."""
+        return ",".join(router.address for router in self.routers)
+
+    def start_controller(self, state: Path) -> ControllerServer:
+        """A controller that takes up that file's state."""
+
+        async def start() -> ControllerServer:
+            controller = ControllerServer(state, host="127.0.0.1", rpc=LOCAL)
+            await controller.start()
+            return controller
+
+        return loop.run(start())
+
+    def start_server(
+        self, name: str, part: int, parts: int, path: Path | None = None, **options: object
+    ) -> ExpertServer:
+        """One more expert server, not waited for."""
+        server = loop.run(
+            _start_server(path or self.path, self.controller, name, part, parts, **options)
+        )
+        self.extra.append(server)
+        return server
+
+    def wait(self, condition: str = "ready", timeout_s: float = 20.0) -> None:
+        """Until every router can ask for every expert."""
+        with expertmesh.connect(self.address) as mesh:
+            wait_until(lambda: mesh.status().ready, timeout_s, condition)
+
+
+def wait_until(condition, timeout_s: float, what: str) -> None:  # type: ignore[no-untyped-def]
+    """Polls until the condition holds; fails the test when it does not in time."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not {what} within {timeout_s} s")
+        time.sleep(0.01)
+
+
+async def _start_server(
+    path: Path,
+    controller: ControllerServer | None,
+    name: str,
+    part: int,
+    parts: int,
+    **options: object,
+) -> ExpertServer:
+    checkpoint = Checkpoint.open(path)
+    server = ExpertServer(
+        checkpoint,
+        initial_parts(checkpoint.spec, parts)[part],
+        Placing(
+            server_id=name,
+            host="127.0.0.1",
+            controller=controller.address if controller is not None else "",
+        ),
+        **{"rpc": LOCAL, **options},  # type: ignore[arg-type]
+    )
+    await server.start()
+    return server
+
+
+async def _start(
+    path: Path,
+    state: Path,
+    shards: int,
+    replicas: int,
+    routers: int,
+    balance: BalanceConfig,
+    router_config: RouterConfig,
+    options: dict[str, object],
+) -> LocalMesh:
+    controller = ControllerServer(state, host="127.0.0.1", balance=balance, rpc=LOCAL)
+    await controller.start()
+    servers = [
+        await _start_server(path, controller, f"s{part}r{replica}", part, shards, **options)
+        for part in range(shards)
+        for replica in range(replicas)
+    ]
+    started = []
+    for index in range(routers):
+        router = RouterServer(
+            open_model(path, servers[0]._dtype),
+            router_id=f"router-{index}",
+            controller=controller.address,
+            host="127.0.0.1",
+            rpc=LOCAL,
+            config=router_config,
+        )
+        await router.start()
+        started.append(router)
+    return LocalMesh(path, state, controller, started, servers)
+
+
+async def _stop(mesh: LocalMesh) -> None:
+    for router in mesh.routers:
+        await router.stop()
+    for server in [*mesh.servers, *mesh.extra]:
+        await server.stop()
+    await mesh.controller.stop()
+    await asyncio.sleep(0)
+
+
+@contextmanager
+def local_mesh(
+    path: Path | str,
+    shards: int = 2,
+    replicas: int = 1,
+    routers: int = 1,
+    balance: BalanceConfig | None = None,
+    router_config: RouterConfig | None = None,
+    **options: object,
+) -> Iterator[LocalMesh]:
+    """A cluster that serves the checkpoint; `options` go to every expert server."""
+    with tempfile.TemporaryDirectory() as folder:
+        mesh = loop.run(
+            _start(
+                Path(path),
+                Path(folder) / "state.sqlite",
+                shards,
+                replicas,
+                routers,
+                balance or BalanceConfig(),
+                router_config or RouterConfig(),
+                options,
+            )
+        )
+        try:
+            for router in mesh.routers:
+                with expertmesh.connect(router.address) as client:
+                    wait_until(lambda client=client: client.status().ready, 20.0, "ready")
+            yield mesh
+        finally:
+            loop.run(_stop(mesh))

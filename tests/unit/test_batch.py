@@ -1,0 +1,189 @@
+"""How requests for one layer are merged, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from expertmesh.codec.messages import ForwardRequest
+from expertmesh.errors import UnavailableError
+from expertmesh.placement import SlotMap
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.tasks import TaskSet
+from router_service.batch import Answer, LayerQueue, Member, split
+from router_service.snapshot import Snapshot
+
+SNAPSHOT = Snapshot(SlotMap(1, ()))
+FAR = 30.0
+
+
+class Shards:
+    """Computes a batch when told to: 2 x hidden."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Member]] = []
+        self.deadlines: list[Deadline] = []
+        self.proceed = asyncio.Event()
+        self.cancelled = 0
+
+    async def compute(self, members: list[Member], deadline: Deadline) -> list[Answer]:
+        self.batches.append(members)
+        self.deadlines.append(deadline)
+        try:
+            await self.proceed.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        hidden = torch.cat([member.request.hidden_states for member in members])
+        rows = len(hidden)
+        whole = Answer(
+            2 * hidden,
+            np.zeros((rows, 1), np.int32),
+            np.zeros((rows, 1), np.float32),
+            SNAPSHOT,
+            np.arange(rows),
+        )
+        return split(members, whole)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(members) for members in self.batches]
+
+
+def _request(value: float, rows: int = 1) -> ForwardRequest:
+    return ForwardRequest(layer=0, hidden_states=torch.full((rows, 2), value))
+
+
+def _ask(queue: LayerQueue, value: float, rows: int = 1) -> asyncio.Task[Answer]:
+    return asyncio.ensure_future(queue.answer(_request(value, rows), Deadline.after(FAR)))
+
+
+async def _settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_a_request_alone_waits_for_nobody_and_the_others_leave_together() -> None:
+    async def scenario() -> tuple[list[int], list[Answer]]:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        asks = [_ask(queue, float(i), rows=i + 1) for i in range(4)]
+        await _settle()
+        shards.proceed.set()
+        return shards.sizes, list(await asyncio.gather(*asks))
+
+    sizes, answers = asyncio.run(scenario())
+
+    assert sizes[0] == 1
+    for i, answer in enumerate(answers):
+        assert answer.hidden_states.tolist() == [[2.0 * i] * 2] * (i + 1)
+        assert len(answer.retried_T) == i + 1
+
+
+def test_waiting_requests_are_merged_up_to_the_row_limit() -> None:
+    async def scenario() -> list[int]:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=5, max_batches=1, tasks=TaskSet())
+        asks = [_ask(queue, 0.0, rows) for rows in (1, 2, 3, 4, 9)]
+        await _settle()
+        shards.proceed.set()
+        await asyncio.gather(*asks)
+        return shards.sizes
+
+    assert asyncio.run(scenario()) == [1, 2, 1, 1]
+
+
+def test_a_batch_has_the_deadline_of_its_latest_member() -> None:
+    async def scenario() -> tuple[float, list[Deadline]]:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        late = Deadline.after(2 * FAR)
+        first = _ask(queue, 0.0)
+        await _settle()
+        second = asyncio.ensure_future(queue.answer(_request(1.0), Deadline.after(FAR)))
+        third = asyncio.ensure_future(queue.answer(_request(2.0), late))
+        await _settle()
+        shards.proceed.set()
+        await asyncio.gather(first, second, third)
+        return late.at, shards.deadlines
+
+    late_at, deadlines = asyncio.run(scenario())
+
+    assert deadlines[1].at == late_at
+
+
+def test_a_batch_goes_on_for_who_is_left_and_stops_when_nobody_is() -> None:
+    async def scenario() -> tuple[int, int]:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        first = _ask(queue, 0.0)
+        await _settle()
+        pair = [_ask(queue, 1.0), _ask(queue, 2.0)]
+        first.cancel()
+        await _settle()
+        pair[0].cancel()
+        await _settle()
+        after_one = shards.cancelled
+        pair[1].cancel()
+        await _settle()
+        return after_one, shards.cancelled
+
+    assert asyncio.run(scenario()) == (1, 2)
+
+
+def test_a_request_cancelled_while_it_waits_is_never_computed() -> None:
+    async def scenario() -> list[int]:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        first, second, third = (_ask(queue, float(i)) for i in range(3))
+        await _settle()
+        second.cancel()
+        await _settle()
+        shards.proceed.set()
+        await asyncio.gather(first, third)
+        return shards.sizes
+
+    assert asyncio.run(scenario()) == [1, 1]
+
+
+def test_a_failed_batch_fails_each_member_and_the_queue_goes_on() -> None:
+    async def scenario() -> tuple[list[object], Answer]:
+        shards = Shards()
+        calls = 0
+
+        async def compute(members: list[Member], deadline: Deadline) -> list[Answer]:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise UnavailableError("gone")
+            return await shards.compute(members, deadline)
+
+        queue = LayerQueue(compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        shards.proceed.set()
+        asks = [_ask(queue, float(i)) for i in range(3)]
+        outcomes = await asyncio.gather(*asks, return_exceptions=True)
+        return list(outcomes[1:]), await _ask(queue, 5.0)
+
+    failed, answered = asyncio.run(scenario())
+
+    assert [type(error) for error in failed] == [UnavailableError, UnavailableError]
+    assert failed[0] is not failed[1]
+    assert answered.hidden_states.tolist() == [[10.0, 10.0]]
+
+
+@pytest.mark.parametrize("max_batches", [1, 3])
+def test_no_more_batches_run_at_once_than_allowed(max_batches: int) -> None:
+    async def scenario() -> int:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=1, max_batches=max_batches, tasks=TaskSet())
+        asks = [_ask(queue, float(i)) for i in range(6)]
+        await _settle()
+        running = len(shards.batches)
+        shards.proceed.set()
+        await asyncio.gather(*asks)
+        return running
+
+    assert asyncio.run(scenario()) == max_batches

@@ -1,0 +1,232 @@
+"""The load controller's decisions, without a network."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expertmesh.config import BalanceConfig
+from expertmesh.errors import InvalidRequestError, MismatchError, SupersededError
+from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.v1 import control_pb2 as pb
+from expertmesh.v1 import expert_pb2, router_pb2
+from load_controller.controller import LOST_AFTER_S, LoadController
+from load_controller.ledger import Ledger, Report, SourceKey
+from load_controller.store import Store
+
+LAYER = 2
+
+
+def _controller(path: Path | str = ":memory:", **balance: object) -> LoadController:
+    return LoadController(Store(path), BalanceConfig(**balance), lambda: None)  # type: ignore[arg-type]
+
+
+def _announce(
+    server: str = "s0", started: int = 1, state: str = "ready", experts: tuple[int, ...] = (0, 1)
+) -> pb.AnnounceServerRequest:
+    return pb.AnnounceServerRequest(
+        server=router_pb2.ServerStatus(
+            server_id=server, incarnation=f"i{started}", endpoint="h:1", state=state
+        ),
+        protocol_version=PROTOCOL_VERSION,
+        checkpoint_digest="digest",
+        started_at_ns=started,
+        layers=[expert_pb2.LayerSlots(layer=LAYER, experts=experts)],
+    )
+
+
+def _report(
+    counts: list[int], sequence: int = 1, source: str = "r0"
+) -> pb.ReportAssignmentsRequest:
+    layer = router_pb2.LayerLoad(
+        layer=LAYER, counts=counts, caller_gated_counts=[0] * len(counts), top_k=2
+    )
+    return pb.ReportAssignmentsRequest(
+        source=source, incarnation="i", sequence=sequence, layers=[layer]
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_totals_are_exact_whatever_is_dropped_repeated_or_shuffled(seed: int) -> None:
+    chance = random.Random(seed)
+    ledger, expected, sent = Ledger(), np.zeros(4, np.int64), []
+    for source in range(3):
+        for incarnation in range(2):
+            total = np.zeros(4, np.int64)
+            key = SourceKey(f"r{source}", f"i{incarnation}")
+            for sequence in range(1, 8):
+                total = total + np.array([chance.randint(0, 5) for _ in range(4)])
+                sent.append(Report(key, sequence, {LAYER: total}))
+            expected += total
+    last = [report for report in sent if report.sequence == 7]
+    noisy = [r for r in sent if chance.random() < 0.7] * 2
+    chance.shuffle(noisy)
+
+    for report in [*noisy, *last]:  # the last report of each arrives at some time
+        ledger.take(report)
+
+    np.testing.assert_array_equal(ledger.totals()[LAYER], expected)
+
+
+def test_a_repeated_report_brings_no_news() -> None:
+    controller = _controller()
+
+    controller.take_assignments(_report([3, 1]), now=0.0)
+    controller.take_assignments(_report([3, 1]), now=0.0)
+    controller.take_assignments(_report([9, 9], sequence=0), now=0.0)
+
+    assert list(controller.load().layers[0].counts) == [3, 1]
+
+
+def test_maxvio_is_of_both_kinds_of_count() -> None:
+    controller = _controller()
+    report = _report([3, 1])
+    report.layers[0].caller_gated_counts[:] = [0, 2]
+
+    controller.take_assignments(report, now=0.0)
+
+    assert controller.load().layers[0].max_violation == 0.0
+
+
+def test_state_survives_a_restart_and_versions_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    first = _controller(path, mode="adaptive", window_tokens=1, update_rate=0.5)
+    first.announce(_announce(), now=0.0)
+    first.take_assignments(_report([9, 1]), now=0.0)
+    published = first.bias()
+
+    second = _controller(path, mode="adaptive", window_tokens=1, update_rate=0.5)
+    again = second.bias()
+    second.take_assignments(_report([9, 1]), now=0.0)
+    second.take_assignments(_report([99, 1], sequence=2), now=0.0)
+
+    assert again == published
+    assert second.directory().servers == first.directory().servers
+    assert second.epoch == first.epoch
+    assert list(second.load().layers[0].counts) == [99, 1]
+    assert second.bias().version == published.version + 1
+    assert list(second.bias().layers[0].delta) == [-1.0, 1.0]
+
+
+def test_a_window_closes_after_enough_tokens_and_moves_the_bias_by_the_rate() -> None:
+    controller = _controller(mode="adaptive", window_tokens=5, update_rate=0.25)
+    version = controller.bias_version
+
+    controller.take_assignments(_report([4, 4]), now=0.0)  # 4 tokens: not yet
+    early = controller.bias_version
+    controller.take_assignments(_report([8, 4], sequence=2), now=0.0)
+
+    assert early == version
+    assert controller.bias_version == version + 1
+    assert list(controller.bias().layers[0].delta) == [-0.25, 0.25]
+
+
+def test_a_window_closes_after_its_time_with_few_tokens() -> None:
+    controller = _controller(mode="adaptive", window_tokens=1000, window_s=2.0)
+    controller.take_assignments(_report([2, 0]), now=10.0)
+
+    controller.close_windows(11.9)
+    early = len(controller.bias().layers)
+    controller.close_windows(12.0)
+
+    assert early == 0
+    assert len(controller.bias().layers) == 1
+
+
+def test_the_delta_stays_within_its_bound() -> None:
+    controller = _controller(mode="adaptive", window_tokens=1, update_rate=0.4, max_delta=0.5)
+
+    for sequence in range(1, 6):
+        controller.take_assignments(_report([9 * sequence, sequence], sequence), now=0.0)
+
+    assert list(controller.bias().layers[0].delta) == [-0.5, 0.5]
+
+
+def test_frozen_publishes_no_delta_and_freezing_takes_one_back() -> None:
+    frozen = _controller(window_tokens=1)
+    adaptive = _controller(mode="adaptive", window_tokens=1)
+
+    frozen.take_assignments(_report([9, 1]), now=0.0)
+    adaptive.take_assignments(_report([9, 1]), now=0.0)
+    moved = adaptive.bias()
+    version = adaptive.set_mode("frozen")
+
+    assert len(frozen.bias().layers) == 0
+    assert len(moved.layers) == 1
+    assert version == moved.version + 1
+    assert len(adaptive.bias().layers) == 0
+    assert adaptive.bias().mode == "frozen"
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="sideways"):
+        _controller().set_mode("sideways")
+
+
+def test_an_older_incarnation_does_not_replace_a_newer_one() -> None:
+    controller = _controller()
+    controller.announce(_announce(started=5), now=0.0)
+
+    with pytest.raises(SupersededError):
+        controller.announce(_announce(started=4), now=0.0)
+    controller.announce(_announce(started=6), now=0.0)
+
+    assert controller.directory().servers[0].incarnation == "i6"
+
+
+def test_a_peer_of_another_checkpoint_or_protocol_is_refused() -> None:
+    controller = _controller()
+    controller.announce(_announce(), now=0.0)
+
+    with pytest.raises(MismatchError, match="serves checkpoint"):
+        controller.check_peer("x", PROTOCOL_VERSION, "another")
+    with pytest.raises(MismatchError, match="protocol version"):
+        controller.check_peer("x", PROTOCOL_VERSION + 1, "digest")
+
+
+def test_the_epoch_moves_with_slots_and_not_with_restarts() -> None:
+    controller = _controller()
+
+    controller.announce(_announce(), now=0.0)
+    first = controller.epoch
+    controller.announce(_announce(started=2, state="loading"), now=0.0)
+    restarted = controller.epoch
+    controller.announce(_announce(started=2, experts=(0, 1, 3)), now=0.0)
+
+    assert restarted == first
+    assert controller.epoch == first + 1
+
+
+def test_a_heartbeat_that_says_nothing_new_changes_no_version() -> None:
+    controller = _controller()
+    controller.announce(_announce(), now=0.0)
+    version = controller.directory_version
+
+    controller.announce(_announce(), now=1.0)
+
+    assert controller.directory_version == version
+
+
+def test_a_server_not_heard_of_is_lost_until_it_is_heard_again() -> None:
+    controller = _controller()
+    controller.announce(_announce(), now=0.0)
+
+    controller.mark_lost(LOST_AFTER_S + 0.1)
+    lost = controller.directory().servers[0].state
+    controller.announce(_announce(), now=LOST_AFTER_S + 1.0)
+
+    assert lost == "lost"
+    assert controller.directory().servers[0].state == "ready"
+
+
+def test_a_routers_end_is_forgotten_only_when_it_is_the_present_one() -> None:
+    controller = _controller()
+    controller.add_router("r0", "old", "h:1")
+    controller.add_router("r0", "new", "h:2")
+
+    controller.remove_router("r0", "old")
+
+    assert list(controller.directory().routers) == ["h:2"]

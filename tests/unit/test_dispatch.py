@@ -1,0 +1,143 @@
+"""Plan and combine, without a network."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertmesh import dispatch
+from expertmesh.dispatch import Holders
+
+
+def _holders(table: list[list[int]], rates: list[float] | None = None) -> Holders:
+    holds = np.array(table, dtype=bool)
+    return Holders(holds, np.array(rates or [1.0] * len(holds)))
+
+
+def _pairs(parts: list[dispatch.Part], rows: int, k: int) -> np.ndarray:
+    """How often each (row, column) is asked for."""
+    asked = np.zeros((rows, k), int)
+    for part in parts:
+        asked += part.ids_among(rows) >= 0
+    return asked
+
+
+def test_an_expert_with_one_holder_is_asked_there() -> None:
+    holders = _holders([[1, 1, 0, 0], [0, 0, 1, 1]])
+    ids = np.array([[0, 2], [1, 0], [3, 2]], np.int32)
+
+    parts, unplaced = dispatch.plan(ids, holders)
+
+    assert [part.server for part in parts] == [0, 1]
+    np.testing.assert_array_equal(parts[0].rows, [0, 1])
+    np.testing.assert_array_equal(parts[0].expert_ids, [[0, -1], [1, 0]])
+    np.testing.assert_array_equal(parts[1].rows, [0, 2])
+    np.testing.assert_array_equal(parts[1].expert_ids, [[-1, 2], [3, 2]])
+    assert (unplaced == -1).all()
+
+
+def test_an_expert_without_a_holder_is_reported_and_not_asked_for() -> None:
+    holders = _holders([[1, 0, 0], [0, 1, 0]])
+    ids = np.array([[0, 2], [1, 0]], np.int32)
+
+    parts, unplaced = dispatch.plan(ids, holders)
+
+    np.testing.assert_array_equal(unplaced, [[-1, 2], [-1, -1]])
+    np.testing.assert_array_equal(_pairs(parts, 2, 2), [[1, 0], [1, 1]])
+
+
+def test_the_shared_expert_is_computed_where_the_row_already_goes() -> None:
+    holders = _holders([[1, 0, 1], [0, 1, 1]])
+    ids = np.array([[0, 2], [1, 2]] * 20, np.int32)
+
+    parts, _ = dispatch.plan(ids, holders)
+
+    assert sum(len(ids) if p.rows is None else len(p.rows) for p in parts) == len(ids)
+
+
+def test_of_two_visited_servers_the_one_with_fewer_pairs_takes_the_shared_expert() -> None:
+    holders = _holders([[1, 1, 0, 1], [0, 0, 1, 1]])
+    ids = np.array([[0, 1, 2, 3]], np.int32)
+
+    parts, _ = dispatch.plan(ids, holders)
+
+    np.testing.assert_array_equal(parts[1].expert_ids, [[-1, -1, 2, 3]])
+
+
+def test_rows_spread_over_replicas_in_proportion_to_their_rates() -> None:
+    holders = _holders([[1], [1], [1]], [1.0, 2.0, 5.0])
+    ids = np.zeros((20_000, 1), np.int32)
+
+    parts, _ = dispatch.plan(ids, holders)
+
+    shares = [len(part.rows) / len(ids) for part in parts if part.rows is not None]
+    np.testing.assert_allclose(shares, [0.125, 0.25, 0.625], atol=0.015)
+
+
+def test_single_rows_alternate_between_replicas_as_the_salt_moves() -> None:
+    holders = _holders([[1], [1]])
+    ids = np.zeros((1, 1), np.int32)
+
+    chosen = [dispatch.plan(ids, holders, salt)[0][0].server for salt in range(400)]
+
+    assert 140 < sum(chosen) < 260
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_every_pair_is_asked_exactly_once_of_a_server_that_holds_it(data: st.DataObject) -> None:
+    servers = data.draw(st.integers(1, 5))
+    experts = data.draw(st.integers(1, 8))
+    rows = data.draw(st.integers(0, 6))
+    k = data.draw(st.integers(1, 4))
+    seed = data.draw(st.integers(0, 2**16))
+    generator = np.random.default_rng(seed)
+    holds = generator.random((servers, experts)) < 0.5
+    ids = generator.integers(-1, experts, (rows, k)).astype(np.int32)
+
+    parts, unplaced = dispatch.plan(ids, Holders(holds, np.ones(servers)), seed)
+
+    asked = _pairs(parts, rows, k)
+    np.testing.assert_array_equal(asked + (unplaced >= 0), ids >= 0)
+    for part in parts:
+        held = part.expert_ids[part.expert_ids >= 0]
+        assert holds[part.server, held].all()
+        assert (part.expert_ids >= 0).any(1).all()
+
+
+def test_combine_of_dispatch_equals_the_dense_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 8, generator=generator)
+    experts = torch.randn(6, 8, 8, generator=generator)
+    weights = torch.rand(50, 3, generator=generator)
+    ids = torch.stack([torch.randperm(6, generator=generator)[:3] for _ in range(50)]).int()
+    table = ids.numpy()
+    holders = _holders([[1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0], [0, 1, 0, 1, 0, 1]])
+
+    parts, _ = dispatch.plan(table, holders)
+    contributions = []
+    for part in parts:
+        rows = dispatch.rows_of(hidden, part.rows)
+        w = dispatch.rows_of(weights, part.rows)
+        out = torch.zeros_like(rows)
+        for k in range(3):
+            e = torch.from_numpy(part.expert_ids[:, k]).long()
+            y = torch.einsum("rh,rhd->rd", rows, experts[e.clamp(min=0)])
+            out += torch.where(e >= 0, w[:, k], 0.0)[:, None] * y
+        contributions.append((part.rows, out))
+    combined = dispatch.combine(hidden, contributions)
+
+    dense = torch.einsum("tk,th,tkhd->td", weights, hidden, experts[ids.long()])
+    torch.testing.assert_close(combined, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_contributions_are_zero_and_no_rows_give_none() -> None:
+    hidden = torch.randn(3, 4)
+
+    one = dispatch.combine(hidden, [(np.array([1]), torch.ones(1, 4))])
+    none = dispatch.combine(hidden[:0], [])
+
+    assert one.tolist() == [[0.0] * 4, [1.0] * 4, [0.0] * 4]
+    assert none.shape == (0, 4)
