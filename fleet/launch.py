@@ -107,7 +107,8 @@ def launch(
     Without `ray_address` a Ray of its own starts on this machine; with it ("auto" or "host:port")
     the servers spread over the nodes of that cluster, each of which must see the checkpoint under
     the same path. `port` 0 takes any free one; with several `routers` they get consecutive ports.
-    `progress` is called with the router's view while servers load. Raises ConfigError and
+    `progress` is called with the router's view while servers load, an empty one while the router
+    does not answer; what it raises ends the start. Raises ConfigError and
     CheckpointError; nothing is left behind then.
     """
     if not isinstance(checkpoint, str | os.PathLike):
@@ -290,10 +291,10 @@ def _wait_ready(cluster: Cluster, progress: Progress | None) -> None:
             started.add(name)
             asked[name] = cluster.servers[name].endpoint.remote()  # it may yet fail
         status = _status_of(waiting[0])
+        if progress is not None:
+            progress(status or router_pb2.GetStatusResponse())
         if status is not None:
             _raise_failure(status)
-            if progress is not None:
-                progress(status)
             ready = sum(server.state == "ready" and server.connected for server in status.servers)
             if status.ready and ready == len(cluster.servers):
                 waiting.pop(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
+import threading
 from typing import Any
 
 import ray
@@ -50,12 +52,17 @@ def connect(address: str | None) -> RaySession:
         return (_session or RaySession(ours=False, local=False)).join()
     if address is not None:
         _probe(address)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**_arguments(address))
     except Exception as error:  # Ray raises bare ones, too
         ray.shutdown()
         what = f"join Ray at {address!r}" if address else "start Ray on this machine"
         raise ConfigError(f"cannot {what}: {error}") from None
+    # Ray takes SIGTERM over. A process without a handler of its own would end at once, and leave
+    # its cluster to itself, so there Ray's stays.
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
     _session = RaySession(ours=True, local=address is None)
     return _session.join()
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from contextlib import redirect_stdout
@@ -15,6 +14,7 @@ from typing import Any
 
 from expertmesh.errors import ConfigError
 from fleet.cli import demo_report
+from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.demo import run_demo
 from fleet.launch import launch
@@ -49,13 +49,13 @@ def example_model() -> Path:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 when every text was right, 1 when one was not."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts = Interrupts()
     path = Path(arguments.checkpoint) if arguments.checkpoint else example_model()
     quiet: bool = arguments.json
     say = _silent if quiet else emit
     say(f"Serving {path.name}: {arguments.shards} shards x {arguments.replicas} replicas on Ray.")
     started = time.perf_counter()
-    with loading_bars(quiet=quiet) as progress:
+    with loading_bars(quiet=quiet, check=interrupts.check) as progress:
         cluster = launch(
             path,
             shards=arguments.shards,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from expertmesh.errors import MeshError
 from expertmesh.v1 import router_pb2
+
+ShowStatus = Callable[[router_pb2.GetStatusResponse], None]
 
 
 def emit(text: str, end: str = "\n") -> None:
@@ -44,17 +46,20 @@ def server_json(server: router_pb2.ServerStatus) -> dict[str, Any]:
 class LoadingBars:
     """One bar a server, in bytes, while a cluster starts. Plain lines where no terminal is."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, *, quiet: bool = False) -> None:
         self._progress = progress
+        self._quiet = quiet
         self._tasks: dict[str, Any] = {}
         self._said: dict[str, str] = {}
-        self._called = False
+        self._begun = False
 
     def __call__(self, status: router_pb2.GetStatusResponse) -> None:
         """Takes a router's view."""
-        if self._progress is None and not self._called:
+        if self._quiet:
+            return
+        if self._progress is None and not self._begun and status.controller:
+            self._begun = True
             print("the router is up; expert servers start", file=sys.stderr, flush=True)
-        self._called = True
         for server in status.servers:
             if self._progress is None:
                 self._say(server)
@@ -78,14 +83,20 @@ class LoadingBars:
 
 
 @contextmanager
-def loading_bars(*, quiet: bool) -> Iterator[LoadingBars | None]:
-    """What to hand to `launch` as its progress; nothing when quiet."""
+def loading_bars(*, quiet: bool, check: Callable[[], None]) -> Iterator[ShowStatus]:
+    """What to hand to `launch` as its progress. `check` is called each time, and may raise."""
     console = Console(stderr=True)
-    if quiet:
-        yield None
-    elif not console.is_terminal:
-        yield LoadingBars(None)
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            yield LoadingBars(progress)
+    if quiet or not console.is_terminal:
+        yield _checking(check, LoadingBars(None, quiet=quiet))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _checking(check, LoadingBars(progress))
+
+
+def _checking(check: Callable[[], None], show: ShowStatus) -> ShowStatus:
+    def call(status: router_pb2.GetStatusResponse) -> None:
+        check()
+        show(status)
+
+    return call

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
-import threading
 
+from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.launch import launch
 
@@ -35,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal. The exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a start that is under way
-    with loading_bars(quiet=arguments.json) as progress:
+    interrupts = Interrupts()
+    with loading_bars(quiet=arguments.json, check=interrupts.check) as progress:
         cluster = launch(
             arguments.checkpoint,
             shards=arguments.shards,
@@ -51,10 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress=progress,
             command=NAME,
         )
-    stop = threading.Event()
     with cluster:
-        for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own while it started
-            signal.signal(number, lambda *_: stop.set())
         endpoints = {s.server_id: s.endpoint for s in cluster.status().servers}
         if arguments.json:
             ready = {"event": "READY", "address": cluster.address, "experts": endpoints}
@@ -62,5 +58,5 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             experts = " ".join(f"{name}={at}" for name, at in endpoints.items())
             emit(f"READY {cluster.address} {experts}")
-        stop.wait()
+        interrupts.wait()
     return 0

@@ -1,0 +1,37 @@
+"""SIGINT and SIGTERM for commands that start a cluster: neither is ever lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Interrupts:
+    """Turns both signals into KeyboardInterrupt, and remembers them.
+
+    Python raises KeyboardInterrupt wherever the main thread happens to be. Where that is a
+    destructor or a callback of a library, the exception is swallowed: `check` raises it again.
+    """
+
+    def __init__(self) -> None:
+        """Takes the signals over, for the rest of the process."""
+        self._seen = threading.Event()
+        self._raising = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self._seen.set()
+        if self._raising:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt when a signal has come."""
+        if self._seen.is_set():
+            raise KeyboardInterrupt
+
+    def wait(self) -> None:
+        """Returns once a signal comes, or has come; none raises any more."""
+        self._raising = False
+        self._seen.wait()
