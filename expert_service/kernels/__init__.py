@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from expert_service.backend import Backend
+from expert_service.kernels.noop import NoopBackend
 from expert_service.kernels.onednn import OneDnnBackend
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.errors import ConfigError
@@ -13,7 +14,7 @@ from expertmesh.model import ModelSpec
 __all__ = ["BACKENDS", "create_backend"]
 
 #: Names that `create_backend` takes.
-BACKENDS = ("auto", "onednn", "reference", "triton")
+BACKENDS = ("auto", "onednn", "reference", "triton", "noop")
 
 
 def create_backend(
@@ -35,4 +36,6 @@ def create_backend(
         )
     if threads < 1:
         raise ConfigError(f"threads is {threads}; a backend needs at least 1")
+    if name == "noop":
+        return NoopBackend()
     return ReferenceBackend() if name == "reference" else OneDnnBackend(spec, dtype, threads)
