@@ -51,7 +51,7 @@ class Part:
         return table
 
 
-def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids]:
+def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids | None]:
     """Gives every pair to one server that holds its expert.
 
     An expert with one holder goes there. Of several holders, one that already gets the row is
@@ -59,7 +59,7 @@ def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids]
     else one is drawn in proportion to its rate by weighted rendezvous hashing of (row + salt).
 
     Returns the parts, by ascending server, and the pairs that nobody can be asked for as an
-    [T, K] table (-1 elsewhere).
+    [T, K] table (-1 elsewhere), None where there are none.
     """
     valid = ids_TK >= 0
     count = np.where(valid, holders.count_E[ids_TK], 1)
@@ -68,7 +68,8 @@ def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids]
         flexible = valid & (count > 1)
         if flexible.any():
             _choose_replicas(choice, ids_TK, flexible, holders, salt)
-    unplaced = np.where(valid & (count == 0), ids_TK, np.int32(-1))
+    lonely = count == 0
+    unplaced = np.where(lonely, ids_TK, np.int32(-1)) if lonely.any() else None
     return _parts(choice, ids_TK), unplaced
 
 

@@ -35,12 +35,19 @@ class Member:
 
     request: ForwardRequest
     deadline: Deadline
-    future: asyncio.Future[Answer]
 
     @property
     def rows(self) -> int:
         """Rows of this request."""
         return len(self.request.hidden_states)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A member that others may join, and who waits for its answer."""
+
+    member: Member
+    future: asyncio.Future[Answer]
 
 
 Compute = Callable[[list[Member], Deadline], Awaitable[list[Answer]]]
@@ -58,61 +65,71 @@ class LayerQueue:
         self._max_rows = max_rows
         self._max_batches = max_batches
         self._tasks = tasks
-        self._waiting: deque[Member] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._running = 0
 
     async def answer(self, request: ForwardRequest, deadline: Deadline) -> Answer:
         """The request's share of the batch that it joins."""
-        member = Member(request, deadline, asyncio.get_running_loop().create_future())
-        self._waiting.append(member)
-        if self._running < self._max_batches:
-            self._start()
-        return await member.future
+        member = Member(request, deadline)
+        if self._running < self._max_batches:  # alone, in the caller's own task
+            self._running += 1
+            try:
+                return (await self._compute([member], deadline))[0]
+            finally:
+                self._ended()
+        waiting = _Waiting(member, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        return await waiting.future
 
-    def _start(self) -> None:
-        members: list[Member] = []
+    def _ended(self) -> None:
+        self._running -= 1
+        batch = self._next_batch()
+        if batch:
+            self._running += 1
+            task = self._tasks.spawn(self._run(batch), "batch")
+            for waiting in batch:
+                waiting.future.add_done_callback(lambda _: _abandon(batch, task))
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Who leaves together now, in the order in which they came."""
+        batch: list[_Waiting] = []
         rows = 0
         while self._waiting:
-            member = self._waiting[0]
-            if member.future.done():  # expired or cancelled while it waited
+            waiting = self._waiting[0]
+            if waiting.future.done():  # expired or cancelled while it waited
                 self._waiting.popleft()
                 continue
-            if members and rows + member.rows > self._max_rows:
+            if batch and rows + waiting.member.rows > self._max_rows:
                 break
-            members.append(self._waiting.popleft())
-            rows += member.rows
-        if members:
-            self._running += 1
-            task = self._tasks.spawn(self._run(members), "batch")
-            for member in members:
-                member.future.add_done_callback(lambda _: _abandon(members, task))
+            batch.append(self._waiting.popleft())
+            rows += waiting.member.rows
+        return batch
 
-    async def _run(self, members: list[Member]) -> None:
+    async def _run(self, batch: list[_Waiting]) -> None:
+        members = [waiting.member for waiting in batch]
         deadline = Deadline(max(member.deadline.at for member in members))
         try:
             answers = await self._compute(members, deadline)
-            for member, answer in zip(members, answers, strict=True):
-                if not member.future.done():
-                    member.future.set_result(answer)
+            for waiting, answer in zip(batch, answers, strict=True):
+                if not waiting.future.done():
+                    waiting.future.set_result(answer)
         except MeshError as error:
-            for member in members:
-                if not member.future.done():
-                    member.future.set_exception(
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(
                         type(error)(error.message, retry_after_s=error.retry_after_s)
                     )
         except Exception as error:
-            for member in members:
-                if not member.future.done():
-                    member.future.set_exception(error)
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)
         finally:
-            self._running -= 1
-            if self._waiting:
-                self._start()
+            self._ended()
 
 
-def _abandon(members: list[Member], task: asyncio.Task[None]) -> None:
+def _abandon(batch: list[_Waiting], task: asyncio.Task[None]) -> None:
     """Stops a batch once nobody waits for it any more."""
-    if all(member.future.done() for member in members):
+    if all(waiting.future.done() for waiting in batch):
         task.cancel()
 
 

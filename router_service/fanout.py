@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from expertmesh import dispatch
-from expertmesh.codec.messages import ExecuteRequest
+from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
 from expertmesh.dispatch import Ids, Part
 from expertmesh.errors import (
+    DeadlineError,
     InternalError,
+    MeshError,
     OverloadedError,
     SlotNotHeldError,
     StaleEpochError,
@@ -70,6 +74,30 @@ class _Run:
             self.retried_T[part.rows] += pairs_R
 
 
+@dataclass(slots=True)
+class _Ask:
+    """One part, as one server was asked for it."""
+
+    part: Part
+    server: str
+    link: ServerLink | None  # None for a server that has left the directory
+    shape: torch.Size  # of the answer
+    future: asyncio.Future[ExecuteResponse]
+    patience_s: float  # how long to wait before a replica may be asked too
+    asked_at: float = field(default_factory=time.monotonic)
+    looked_at: float = 0.0  # when the patience with the server last ended
+
+    @property
+    def right(self) -> bool:
+        """Whether the answer is here, and is one."""
+        return _succeeded(self.future) and self.future.result().hidden_states.shape == self.shape
+
+    def until_look_s(self) -> float:
+        """Seconds until the patience with the server ends; 0 when it has."""
+        since = self.looked_at or self.asked_at
+        return max(0.0, since + self.patience_s - time.monotonic())
+
+
 class FanOut:
     """Sends a batch's pairs to the servers that hold them, and sends again what fails.
 
@@ -110,14 +138,29 @@ class FanOut:
     async def _all(self, run: _Run, planned: _Planned) -> list[Contribution]:
         """Partial sums of every part, asked for at the same time."""
         parts, slots, avoid = planned
-        if len(parts) == 1:
-            return await self._part(run, parts[0], slots, avoid)
+        asks = [self._ask(run, part, slots) for part in parts]
         try:
+            # Almost always everyone answers in time: one wait for all, and no task for each.
+            await self._wait_for_all(run, asks)
+            if all(ask.right for ask in asks):
+                self._hedges.earn(len(asks))
+                return [self._take(ask) for ask in asks]
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._part(run, part, slots, avoid)) for part in parts]
+                tasks = [group.create_task(self._part(run, ask, slots, avoid)) for ask in asks]
         except BaseExceptionGroup as failures:
             raise first_mesh_error(failures) from None
+        finally:
+            for ask in asks:
+                _drop(ask.future)
         return [contribution for task in tasks for contribution in task.result()]
+
+    async def _wait_for_all(self, run: _Run, asks: list[_Ask]) -> None:
+        """Returns when all are answered, one has failed, or the patience with one ends."""
+        futures = [ask.future for ask in asks if not ask.future.done()]
+        if futures:
+            patience_s = min(ask.patience_s for ask in asks)
+            wait_s = max(0.0, min(patience_s, run.deadline.remaining))
+            await asyncio.wait(futures, timeout=wait_s, return_when=asyncio.FIRST_EXCEPTION)
 
     async def _plan_until_placed(
         self, run: _Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
@@ -126,14 +169,14 @@ class FanOut:
         while True:
             holders = self._pool.holders(slots, run.layer, avoid)
             parts, unplaced = dispatch.plan(ids, holders, run.salt)
-            lonely = unplaced >= 0
-            if not lonely.any():
+            if unplaced is None:
                 return parts, slots, avoid
             left_s = run.deadline.remaining - _SAY_WHY_S
             if left_s <= 0:
                 raise UnavailableError(
-                    f"no server that holds expert {int(unplaced[lonely][0])} of layer {run.layer} "
-                    "could be asked before the deadline: is one starting? see `expertmesh status`",
+                    f"no server that holds expert {int(unplaced[unplaced >= 0][0])} of layer "
+                    f"{run.layer} could be asked before the deadline: is one starting? see "
+                    "`expertmesh status`",
                     retry_after_s=1.0,
                 )
             pause = self._config.retry_pause_s if avoid else left_s
@@ -142,86 +185,88 @@ class FanOut:
             slots = self._slots()
 
     async def _part(
-        self, run: _Run, part: Part, slots: SlotMap, avoid: frozenset[str]
+        self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
-        """One server's part, or the same pairs from others when it fails, until the deadline."""
+        """The answer to one asking, or the same pairs from others when it fails, until the
+        deadline."""
         while True:
-            server = slots.servers[part.server]
             try:
-                return await self._ask_or_hedge(run, part, slots, avoid)
+                return await self._answer_or_hedge(run, ask, slots, avoid)
             except RETRYABLE as error:
                 if isinstance(error, OverloadedError):
                     await asyncio.sleep(min(error.retry_after_s, max(0.0, run.deadline.remaining)))
             except InternalError:
-                run.broken[server] = run.broken.get(server, 0) + 1
-                if run.broken[server] > 1:  # a bug, not an accident: say so, do not try for ever
+                run.broken[ask.server] = run.broken.get(ask.server, 0) + 1
+                if run.broken[ask.server] > 1:  # a bug, no accident: say so, do not try for ever
                     raise
-            run.count_again(part)
+            run.count_again(ask.part)
             planned = await self._plan_until_placed(
-                run, part.ids_among(run.rows), self._slots(), avoid | {server}
+                run, ask.part.ids_among(run.rows), self._slots(), avoid | {ask.server}
             )
             if len(planned[0]) != 1:
                 return await self._all(run, planned)
             (part,), slots, avoid = planned
+            ask = self._ask(run, part, slots)
 
-    async def _ask_or_hedge(
-        self, run: _Run, part: Part, slots: SlotMap, avoid: frozenset[str]
+    async def _answer_or_hedge(
+        self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
         """The server's answer, or, when it is silent for too long, the first of two answers."""
-        server = slots.servers[part.server]
-        link = self._pool.link(server)
-        if link is None:
-            raise UnavailableError(f"expert server {server} has left the directory")
-        ask = asyncio.ensure_future(self._ask(run, part, slots, server))
         try:
-            rows = run.rows if part.rows is None else len(part.rows)
-            patience_s = link.patience_s(rows)
-            while not (await asyncio.wait((ask,), timeout=patience_s))[0]:
-                if self._may_hedge(run, part, slots, avoid | {server}, link):
-                    return await self._race(run, part, slots, avoid, ask)
-            self._hedges.earn()
-            return await ask
+            while not (await self._wait(run, ask)):
+                if self._may_hedge(run, ask, slots, avoid | {ask.server}):
+                    return await self._race(run, ask, slots, avoid)
+            self._hedges.earn(1)
+            return [self._take(ask)]
         finally:
-            _drop(ask)
+            _drop(ask.future)
 
-    def _may_hedge(
-        self, run: _Run, part: Part, slots: SlotMap, avoid: frozenset[str], link: ServerLink
-    ) -> bool:
+    async def _wait(self, run: _Run, ask: _Ask) -> bool:
+        """Whether the answer is here once the patience with the server has ended."""
+        left_s = run.deadline.remaining
+        if left_s <= 0:
+            raise DeadlineError(
+                f"expert server {ask.server} did not answer before the deadline: allow more time, "
+                "or send fewer rows"
+            )
+        wait_s = min(ask.until_look_s(), left_s)
+        if not (await asyncio.wait((ask.future,), timeout=wait_s))[0]:
+            ask.looked_at = time.monotonic()
+            return False
+        return True
+
+    def _may_hedge(self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]) -> bool:
         """Whether replicas hold the part, and it is right to ask them too."""
         holders = self._pool.holders(slots, run.layer, avoid)
-        if (dispatch.plan(part.expert_ids, holders, run.salt)[1] >= 0).any():
+        if dispatch.plan(ask.part.expert_ids, holders, run.salt)[1] is not None:
             return False
-        return link.suspect or self._hedges.spend()
+        return (ask.link is not None and ask.link.suspect) or self._hedges.spend()
 
     async def _race(
-        self,
-        run: _Run,
-        part: Part,
-        slots: SlotMap,
-        avoid: frozenset[str],
-        ask: asyncio.Future[list[Contribution]],
+        self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
         """Sends a silent server's pairs to replicas too; whoever answers first is taken."""
-        server = slots.servers[part.server]
-        run.count_again(part)
-        again = part.ids_among(run.rows)
-        hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid | {server}))
+        run.count_again(ask.part)
+        again = ask.part.ids_among(run.rows)
+        hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid | {ask.server}))
         try:
-            await asyncio.wait((ask, hedge), return_when=asyncio.FIRST_COMPLETED)
-            if ask.done() and _succeeded(ask):
-                return ask.result()
+            await asyncio.wait((ask.future, hedge), return_when=asyncio.FIRST_COMPLETED)
+            if ask.future.done() and _succeeded(ask.future):
+                return [self._take(ask)]
             if hedge.done() and not _succeeded(hedge):
-                return await ask
-            if not ask.done() and (link := self._pool.link(server)) is not None:
-                link.suspend()
+                while not (await self._wait(run, ask)):
+                    continue
+                return [self._take(ask)]
+            if not ask.future.done() and ask.link is not None:
+                ask.link.suspend()
             return await hedge
         finally:
             _drop(hedge)
 
-    async def _ask(self, run: _Run, part: Part, slots: SlotMap, server: str) -> list[Contribution]:
+    def _ask(self, run: _Run, part: Part, slots: SlotMap) -> _Ask:
+        """Sends one part. What keeps it from being sent is the answer."""
+        server = slots.servers[part.server]
         link = self._pool.link(server)
-        if link is None:
-            raise UnavailableError(f"expert server {server} has left the directory")
         batch = run.batch
         weights = batch.weights if part.rows is None else batch.weights[part.rows]
         request = ExecuteRequest(
@@ -231,14 +276,27 @@ class FanOut:
             expert_weights=torch.from_numpy(np.ascontiguousarray(weights)),
             epoch=slots.epoch,
         )
-        response = await link.execute(request, run.deadline)
-        partial = response.hidden_states
-        if partial.shape != request.hidden_states.shape:
+        shape = request.hidden_states.shape
+        if link is None:
+            error = UnavailableError(f"expert server {server} has left the directory")
+            return _Ask(part, server, None, shape, _failed(error), 0.0)
+        try:
+            future = link.ask(request, run.deadline)
+        except MeshError as error:
+            future = _failed(error)
+        return _Ask(part, server, link, shape, future, link.patience_s(shape[0]))
+
+    def _take(self, ask: _Ask) -> Contribution:
+        """The contribution of an answered part. Raises what the server answered."""
+        partial = ask.future.result().hidden_states
+        if partial.shape != ask.shape:
             raise InternalError(
-                f"expert server {server} answered with shape {list(partial.shape)}, expected "
-                f"{list(request.hidden_states.shape)}"
+                f"expert server {ask.server} answered with shape {list(partial.shape)}, expected "
+                f"{list(ask.shape)}"
             )
-        return [(part.rows, partial)]
+        if ask.link is not None:
+            ask.link.learn(ask.shape[0], time.monotonic() - ask.asked_at)
+        return ask.part.rows, partial
 
 
 class HedgeBudget:
@@ -248,9 +306,9 @@ class HedgeBudget:
         self._left = self._burst = burst
         self._share = share
 
-    def earn(self) -> None:
-        """One part was answered without a second asking."""
-        self._left = min(self._burst, self._left + self._share)
+    def earn(self, parts: int) -> None:
+        """So many parts were answered without a second asking."""
+        self._left = min(self._burst, self._left + parts * self._share)
 
     def spend(self) -> bool:
         """Whether one more second asking is within the budget; it is then taken from it."""
@@ -260,11 +318,20 @@ class HedgeBudget:
         return True
 
 
-def _succeeded(future: asyncio.Future[list[Contribution]]) -> bool:
-    return not future.cancelled() and future.exception() is None
+def _failed(error: MeshError) -> asyncio.Future[ExecuteResponse]:
+    future: asyncio.Future[ExecuteResponse] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    return future
 
 
-def _drop(future: asyncio.Future[list[Contribution]]) -> None:
+def _succeeded(future: asyncio.Future[Any]) -> bool:
+    """Whether it is done, and well."""
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _drop(future: asyncio.Future[Any]) -> None:
     """Gives up an answer that nobody needs any more; its failure is nobody's news."""
-    future.cancel()
-    future.add_done_callback(_succeeded)
+    if not future.cancel() and not future.cancelled():
+        future.exception()
+    else:
+        future.add_done_callback(_succeeded)

@@ -82,17 +82,14 @@ class ServerLink:
             return self._config.hedge_after_s + rows * _NEW_BUCKET_ROW_S
         return max(self._config.hedge_after_s, self._config.hedge_factor * usual)
 
-    async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
-        """Asks the server. Raises what it answered, or UnavailableError."""
-        stream = self._stream
-        if stream is None:
+    def ask(self, request: ExecuteRequest, deadline: Deadline) -> asyncio.Future[ExecuteResponse]:
+        """Asks the server; see `FrameStream.begin`. Raises UnavailableError."""
+        if self._stream is None:
             raise UnavailableError(f"expert server {self.announced.server_id} is not connected")
-        started = time.monotonic()
-        response: ExecuteResponse = await stream.call(request, deadline)
-        self._learn(len(request.hidden_states), time.monotonic() - started)
-        return response
+        return self._stream.begin(request, deadline)
 
-    def _learn(self, rows: int, took_s: float) -> None:
+    def learn(self, rows: int, took_s: float) -> None:
+        """Notes how long the server took for an answer."""
         bucket = rows.bit_length()
         usual = self._usual_s.get(bucket, took_s)
         self._usual_s[bucket] = usual + 0.2 * (took_s - usual)

@@ -37,6 +37,12 @@ class FakeServer:
     def suspend(self) -> None:
         self.suspect = True
 
+    def ask(self, request: ExecuteRequest, deadline: Deadline) -> asyncio.Future[ExecuteResponse]:
+        return asyncio.ensure_future(self.execute(request, deadline))
+
+    def learn(self, rows: int, took_s: float) -> None:
+        """Its patience is what the test says."""
+
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
         self.calls += 1
         outcome = self.behave(self.calls)

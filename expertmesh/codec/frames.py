@@ -53,7 +53,10 @@ class End:
 def encode(
     codec: Codec[M], message: M, frame_id: int, timeout_us: int = 0, traceparent: str = ""
 ) -> Iterator[bytes]:
-    """The stream messages of one frame, in order: a start, then chunks while elements are left."""
+    """The stream messages of one frame, in order: a start, then chunks while elements are left.
+
+    The start is made at once, so that what cannot be encoded fails here; chunks as they are taken.
+    """
     data = tensors.payload(message.hidden_states)
     first = min(len(data), CHUNK_BYTES)
     head, tail = codec.encode(message, first)
@@ -62,16 +65,15 @@ def encode(
         _TRACEPARENT, traceparent
     )
     prefix = wire.length_prefix(_START, len(head) + first + len(tail))
-    yield b"".join((identity, prefix, head, data[:first], tail, trailer))
-    for at in range(first, len(data), CHUNK_BYTES):
+    start = (b"".join((identity, prefix, head, data[:first], tail, trailer)),)
+    return chain(start, _chunks(identity, data)) if first < len(data) else iter(start)
+
+
+def _chunks(identity: bytes, data: memoryview) -> Iterator[bytes]:
+    for at in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
         part = data[at : at + CHUNK_BYTES]
         chunk = wire.length_prefix(1, len(part))
         yield b"".join((identity, wire.length_prefix(_CHUNK, len(chunk) + len(part)), chunk, part))
-
-
-def begin(messages: Iterator[bytes]) -> Iterator[bytes]:
-    """The same messages, the first of which has been made."""
-    return chain((next(messages),), messages)
 
 
 def encode_cancel(frame_id: int) -> bytes:

@@ -17,7 +17,7 @@ from expertmesh.config import RpcConfig
 from expertmesh.errors import ConfigError, InvalidRequestError, MeshError
 from expertmesh.rpc import status
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import Admission, FrameProtocol, FrameSession, answer
+from expertmesh.rpc.session import Admission, FrameProtocol, FrameSession, answer_in_time
 
 Handler = Callable[[Any, Deadline], Awaitable[Any]]
 _CLOSE_S = 0.5  # for streams that have ended to be closed on the wire too
@@ -30,7 +30,8 @@ def unary(handle: Handler, request_type: Any) -> grpc.RpcMethodHandler[Any, Any]
     async def call(buffer: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             request = parse(request_type, buffer)
-            return await answer(handle, request, Deadline.after(context.time_remaining()))
+            deadline = Deadline.after(context.time_remaining())
+            return await answer_in_time(handle, request, deadline)
         except MeshError as error:
             await context.abort_with_status(status.to_status(error))
 
@@ -61,7 +62,7 @@ def unary_tensor(protocol: FrameProtocol) -> grpc.RpcMethodHandler[Any, Any]:
             admission.enter(size)
             entered = True
             deadline = Deadline.after(context.time_remaining())
-            response = await answer(protocol.handle, request, deadline)
+            response = await answer_in_time(protocol.handle, request, deadline)
             codec: Codec[Any] = protocol.response_codec
             return encode_whole(codec, response)
         except MeshError as error:

@@ -37,6 +37,9 @@ _INCOMPLETE = InvalidRequestError(
 _LATE = DeadlineError(
     "the deadline passed before all chunks of the hidden states had come: allow more time"
 )
+_UNANSWERED = DeadlineError(
+    "the answer was not complete before the deadline: allow more time, or send fewer rows"
+)
 
 
 class Admission:
@@ -122,7 +125,7 @@ class _Frame:
         self.deadline = deadline
         self.size = size
         self.task: asyncio.Task[None] | None = None  # once every chunk is here
-        self.timer: asyncio.TimerHandle | None = None  # until then
+        self.timer: asyncio.TimerHandle | None = None  # where there is a deadline
 
 
 class FrameSession:
@@ -141,6 +144,7 @@ class FrameSession:
         self._outbox = Outbox()
         self._answered = asyncio.Event()
         self._stream_deadline = Deadline.after(context.time_remaining())
+        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
         """Reads frames and answers them; a stream that cannot be read is aborted."""
@@ -213,10 +217,9 @@ class FrameSession:
         if message.timeout_us:
             deadline = Deadline(min(deadline.at, Deadline.after(message.timeout_us / 1e6).at))
         frame = self._frames[message.frame_id] = _Frame(pending, deadline, size)
+        if deadline.timeout is not None:
+            frame.timer = self._loop.call_later(deadline.timeout, self._expire, message.frame_id)
         self._start_if_complete(message.frame_id, frame, group)
-        if frame.task is None and deadline.timeout is not None:
-            loop = asyncio.get_running_loop()
-            frame.timer = loop.call_later(deadline.timeout, self._refuse, message.frame_id, _LATE)
 
     def _continue(self, buffer: bytes, message: frames.Chunk, group: asyncio.TaskGroup) -> None:
         frame = self._frames.get(message.frame_id)
@@ -233,9 +236,11 @@ class FrameSession:
 
     def _start_if_complete(self, frame_id: int, frame: _Frame, group: asyncio.TaskGroup) -> None:
         if frame.pending.hidden_states.complete:
-            if frame.timer is not None:
-                frame.timer.cancel()
             frame.task = group.create_task(self._answer(frame_id, frame))
+
+    def _expire(self, frame_id: int) -> None:
+        frame = self._frames[frame_id]
+        self._refuse(frame_id, _LATE if frame.task is None else _UNANSWERED)
 
     def _refuse(self, frame_id: int, error: MeshError) -> None:
         self._give_up(frame_id)
@@ -256,30 +261,40 @@ class FrameSession:
     async def _answer(self, frame_id: int, frame: _Frame) -> None:
         protocol = self._protocol
         try:
-            response = await answer(protocol.handle, frame.pending.finish(), frame.deadline)
-            messages = frames.begin(frames.encode(protocol.response_codec, response, frame_id))
+            request = frame.pending.finish()
+            response = await answer(protocol.handle, request, frame.deadline)
+            messages = frames.encode(protocol.response_codec, response, frame_id)
         except MeshError as error:
             messages = iter((frames.encode_error(frame_id, error),))
         except Exception as error:
             messages = iter((frames.encode_error(frame_id, internal(error)),))
         if self._frames.pop(frame_id, None) is not None:
+            if frame.timer is not None:
+                frame.timer.cancel()
             leave = partial(protocol.admission.leave, frame.size)
             self._outbox.put(frame_id, messages, leave)
             self._answered.set()
 
 
+async def answer_in_time(
+    handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
+) -> Any:
+    """`answer`, ended with DeadlineError when the deadline passes."""
+    try:
+        async with asyncio.timeout(deadline.timeout):
+            return await answer(handle, request, deadline)
+    except TimeoutError:
+        raise DeadlineError(_UNANSWERED.message) from None
+
+
 async def answer(
     handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
 ) -> Any:
-    """Calls a handler; whatever goes wrong comes out as a MeshError."""
+    """Calls a handler; whatever goes wrong comes out as a MeshError. Who calls minds the deadline,
+    which must not have passed yet."""
     try:
         deadline.check()
-        async with asyncio.timeout(deadline.timeout):
-            return await handle(request, deadline)
-    except TimeoutError:
-        raise DeadlineError(
-            "the answer was not complete before the deadline: allow more time, or send fewer rows"
-        ) from None
+        return await handle(request, deadline)
     except MeshError:
         raise
     except asyncio.CancelledError:

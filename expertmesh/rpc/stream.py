@@ -59,7 +59,8 @@ class FrameStream:
         self._last_id = 0
         self._outbox = Outbox()
         self._tasks = TaskSet()
-        self.broken: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self.broken: asyncio.Future[MeshError] = self._loop.create_future()
         self._tasks.spawn(self._write_all(), f"write {peer}")
         self._tasks.spawn(self._read_all(), f"read {peer}")
 
@@ -74,32 +75,50 @@ class FrameStream:
         Raises what the peer answered, UnavailableError when the stream breaks, DeadlineError.
         Cancelling it gives the frame up; the stream goes on.
         """
+        future = self.begin(request, deadline, traceparent)
+        if deadline.timeout is None:
+            return await future
+        timer = self._loop.call_later(deadline.timeout, self._expire, future)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+
+    def begin(self, request: Any, deadline: Deadline, traceparent: str = "") -> asyncio.Future[Any]:
+        """Sends one request; the future is its answer, or fails as `call` does.
+
+        The peer is told the deadline, but nothing here ends at it: the caller waits as long as it
+        likes. Cancelling the future gives the frame up; the stream goes on. Raises
+        UnavailableError when the stream is broken already.
+        """
         if self.broken.done():
             raise self._lost()
         self._last_id += 1
         frame_id = self._last_id
-        # Begun here, so that what cannot be encoded fails this call and not the stream.
-        messages = frames.begin(
-            frames.encode(self._request_codec, request, frame_id, deadline.timeout_us, traceparent)
+        messages = frames.encode(
+            self._request_codec, request, frame_id, deadline.timeout_us, traceparent
         )
-        waiter: _Waiter[Any] = _Waiter(
-            asyncio.get_running_loop().create_future(),
-            request.hidden_states.nbytes,  # answers are as large as what was asked for
-        )
-        self._waiters[frame_id] = waiter
+        future: asyncio.Future[Any] = self._loop.create_future()
+        # Answers are as large as what was asked for.
+        self._waiters[frame_id] = _Waiter(future, request.hidden_states.nbytes)
         self._outbox.put(frame_id, messages)
-        try:
-            async with asyncio.timeout(deadline.timeout):
-                return await waiter.future
-        except TimeoutError:
-            raise DeadlineError(
-                f"{self._peer} did not answer before the deadline: allow more time, or send fewer "
-                "rows"
-            ) from None
-        finally:
-            if self._waiters.pop(frame_id, None) is not None and not self.broken.done():
-                self._outbox.discard(frame_id)
-                self._outbox.put(frame_id, iter((frames.encode_cancel(frame_id),)))
+        future.add_done_callback(lambda _: self._give_up(frame_id))
+        return future
+
+    def _give_up(self, frame_id: int) -> None:
+        """Tells the peer when a frame was not settled by its answer."""
+        if self._waiters.pop(frame_id, None) is not None and not self.broken.done():
+            self._outbox.discard(frame_id)
+            self._outbox.put(frame_id, iter((frames.encode_cancel(frame_id),)))
+
+    def _expire(self, future: asyncio.Future[Any]) -> None:
+        if not future.done():
+            future.set_exception(
+                DeadlineError(
+                    f"{self._peer} did not answer before the deadline: allow more time, or send "
+                    "fewer rows"
+                )
+            )
 
     async def close(self) -> None:
         """Ends the stream; frames in flight fail with UnavailableError."""

@@ -162,8 +162,9 @@ def test_a_failed_batch_fails_each_member_and_the_queue_goes_on() -> None:
             return await shards.compute(members, deadline)
 
         queue = LayerQueue(compute, max_rows=100, max_batches=1, tasks=TaskSet())
-        shards.proceed.set()
         asks = [_ask(queue, float(i)) for i in range(3)]
+        await _settle()
+        shards.proceed.set()
         outcomes = await asyncio.gather(*asks, return_exceptions=True)
         return list(outcomes[1:]), await _ask(queue, 5.0)
 

@@ -174,8 +174,8 @@ def test_the_hedge_budget_refills_by_its_share() -> None:
     budget = HedgeBudget(burst=2.0, share=0.5)
 
     spent = [budget.spend(), budget.spend(), budget.spend()]
-    budget.earn()
-    budget.earn()
+    budget.earn(1)
+    budget.earn(1)
 
     assert spent == [True, True, False]
     assert budget.spend()
