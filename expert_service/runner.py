@@ -1,41 +1,70 @@
-"""The device thread: computes one request after the other, never on the event loop."""
+"""The device thread: computes what waits in turn, never on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 
+from expert_service.device_queue import DeviceQueue, Job, Piece
 from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
-from expertmesh.errors import OverloadedError
+from expertmesh.config import ExpertConfig
+from expertmesh.errors import OverloadedError, UnavailableError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.session import RETRY_AFTER_S
 
 _T = TypeVar("_T")
 
 
+@dataclass(slots=True, eq=False)
+class _Request(Job):
+    """One request on the device."""
+
+    request: ExecuteRequest = field(kw_only=True)
+    deadline: Deadline = field(kw_only=True)
+    future: asyncio.Future[ExecuteResponse] = field(kw_only=True)
+    queued_at_ns: int = field(kw_only=True)
+    started_at_ns: int = 0
+    compute_ns: int = 0
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Call:
+    """Anything else that the device thread shall do, between two turns."""
+
+    run: Callable[[], object]
+    future: asyncio.Future[Any]
+
+
 class DeviceRunner:
     """Owns one thread and a bounded queue before it."""
 
-    def __init__(self, shard: ExpertShard, threads: int, max_queue: int) -> None:
+    def __init__(self, shard: ExpertShard, threads: int, config: ExpertConfig) -> None:
         """`threads` is what torch may use for each operation on the CPU."""
         self._shard = shard
-        self._max_queue = max_queue
+        self._threads = threads
+        self._max_queue = config.max_queue
+        self._waiting = DeviceQueue(config.merge_rows, config.block_rows)
         self._queued = 0
-        self._executor = ThreadPoolExecutor(
-            1, "device", initializer=torch.set_num_threads, initargs=(threads,)
-        )
+        self._arrivals: SimpleQueue[_Request | _Call | None] = SimpleQueue()
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        threading.Thread(target=self._work, name="device", daemon=True).start()
 
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
         """Computes one request in its turn.
 
         Raises OverloadedError when the queue is full, DeadlineError when the turn comes too late,
-        and what `ExpertShard.execute` raises.
+        and what `ExpertShard.check` raises.
         """
         if self._queued >= self._max_queue:
             raise OverloadedError(
@@ -44,31 +73,156 @@ class DeviceRunner:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._queued += 1
+        future: asyncio.Future[ExecuteResponse] = self._loop.create_future()
+        hidden, ids = request.hidden_states, request.expert_ids
+        job = _Request(
+            (request.layer, hidden.dtype, hidden.shape[1:], ids.shape[1:]),
+            len(hidden) if hidden.dim() else 0,
+            request=request,
+            deadline=deadline,
+            future=future,
+            queued_at_ns=time.perf_counter_ns(),
+        )
         try:
-            return await self.call(self._compute, request, deadline, time.perf_counter_ns())
+            self._submit(job)
+            return await future
         finally:
             self._queued -= 1
 
     async def call(self, function: Callable[..., _T], *arguments: object) -> _T:
-        """Runs anything on the device thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, function, *arguments)
-
-    def _compute(
-        self, request: ExecuteRequest, deadline: Deadline, queued_at_ns: int
-    ) -> ExecuteResponse:
-        deadline.check()
-        started_at_ns = time.perf_counter_ns()
-        with torch.inference_mode():
-            output = self._shard.execute(
-                request.layer, request.hidden_states, request.expert_ids, request.expert_weights
-            )
-        return ExecuteResponse(
-            hidden_states=output,
-            queue_us=(started_at_ns - queued_at_ns) // 1000,
-            compute_us=(time.perf_counter_ns() - started_at_ns) // 1000,
-        )
+        """Runs anything on the device thread, after what waits there now."""
+        future: asyncio.Future[_T] = self._loop.create_future()
+        self._submit(_Call(lambda: function(*arguments), future))
+        return await future
 
     def close(self) -> None:
-        """Ends the thread after what it is doing."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """Ends the thread after what it is doing; what waits fails with UnavailableError."""
+        self._closed = True
+        self._arrivals.put(None)
+
+    def _submit(self, work: _Request | _Call) -> None:
+        if self._closed:
+            raise UnavailableError("this expert server is stopping", retry_after_s=1.0)
+        self._arrivals.put(work)
+
+    # What follows runs on the device thread.
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            while self._take_arrivals():
+                pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
+                if pieces:
+                    self._compute(pieces)
+
+    def _take_arrivals(self) -> bool:
+        """Moves what has arrived into the queue; waits when that is empty. False at the end."""
+        try:
+            while True:
+                work = self._arrivals.get(block=not self._waiting)
+                if work is None:
+                    self._fail_all()
+                    return False
+                if isinstance(work, _Call):
+                    self._call(work)
+                elif self._is_valid(work):
+                    self._waiting.push(work)
+        except Empty:
+            return True
+
+    def _call(self, call: _Call) -> None:
+        try:
+            self._settle(call.future, call.run())
+        except Exception as error:
+            self._settle(call.future, error)
+
+    def _is_valid(self, job: _Request) -> bool:
+        """Whether it can be computed with others; the caller is told when it cannot."""
+        request = job.request
+        try:
+            self._shard.check(
+                request.layer, request.hidden_states, request.expert_ids, request.expert_weights
+            )
+        except Exception as error:
+            self._settle(job.future, error)
+            return False
+        return True
+
+    def _begin(self, piece: Piece) -> bool:
+        """Whether somebody still waits for a job's answer, in time."""
+        job = piece.job
+        assert isinstance(job, _Request)
+        if not job.started_at_ns:
+            job.started_at_ns = time.perf_counter_ns()
+            try:
+                job.deadline.check()
+            except Exception as error:
+                self._settle(job.future, error)
+                return False
+        return not job.future.done()
+
+    def _compute(self, pieces: list[Piece]) -> None:
+        started_at_ns = time.perf_counter_ns()
+        jobs: list[_Request] = [piece.job for piece in pieces]  # type: ignore[misc]
+        try:
+            outputs = self._execute(jobs, pieces)
+        except Exception as error:
+            for job in jobs:
+                self._settle(job.future, error)
+            return
+        took_ns = time.perf_counter_ns() - started_at_ns
+        for job, piece, output in zip(jobs, pieces, outputs, strict=True):
+            job.compute_ns += took_ns
+            job.outputs.append(output)
+            if piece.stop == job.rows:
+                self._settle(job.future, _response(job))
+
+    def _execute(self, jobs: list[_Request], pieces: list[Piece]) -> tuple[torch.Tensor, ...]:
+        """One call of the backend for all pieces."""
+        if len(pieces) == 1:
+            request, (_, start, stop) = jobs[0].request, pieces[0]
+            arguments = (request.hidden_states, request.expert_ids, request.expert_weights)
+            if stop - start < jobs[0].rows:
+                arguments = tuple(tensor[start:stop] for tensor in arguments)  # type: ignore[assignment]
+            return (self._shard.compute(request.layer, *arguments),)
+        merged = [
+            torch.cat(
+                [
+                    getattr(job.request, name)[p.start : p.stop]
+                    for job, p in zip(jobs, pieces, strict=True)
+                ]
+            )
+            for name in ("hidden_states", "expert_ids", "expert_weights")
+        ]
+        output = self._shard.compute(jobs[0].request.layer, *merged)
+        parts: tuple[torch.Tensor, ...] = output.split([p.stop - p.start for p in pieces])
+        return parts
+
+    def _fail_all(self) -> None:
+        while pieces := self._waiting.next():
+            for piece in pieces:
+                assert isinstance(piece.job, _Request)
+                error = UnavailableError("this expert server is stopping", retry_after_s=1.0)
+                self._settle(piece.job.future, error)
+
+    def _settle(self, future: asyncio.Future[Any], outcome: object) -> None:
+        with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
+            self._loop.call_soon_threadsafe(_set, future, outcome)
+
+
+def _set(future: asyncio.Future[Any], outcome: object) -> None:
+    if future.done():
+        return
+    if isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _response(job: _Request) -> ExecuteResponse:
+    outputs = job.outputs
+    return ExecuteResponse(
+        hidden_states=outputs[0] if len(outputs) == 1 else torch.cat(outputs),
+        queue_us=(job.started_at_ns - job.queued_at_ns) // 1000,
+        compute_us=job.compute_ns // 1000,
+    )

@@ -75,7 +75,7 @@ class ExpertServer:
         self._backend = create_backend(backend, device, self._dtype, checkpoint.spec, threads)
         self.shard = ExpertShard(checkpoint.spec, slots, self._backend)
         self._planned = group_by_layer(slots)
-        self._runner = DeviceRunner(self.shard, threads, config.max_queue)
+        self._runner = DeviceRunner(self.shard, threads, config)
         admission = Admission(rpc)
         self._server = GrpcServer(rpc, admission)
         self._server.add(SERVICE, ExpertServicer(self, self._runner, admission).handlers())

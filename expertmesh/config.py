@@ -89,4 +89,7 @@ class ExpertConfig:
     """How an expert server queues."""
 
     max_queue: int = 256  # requests waiting for the device; beyond, QUEUE_FULL
+    merge_rows: int = 256  # waiting requests of a layer are computed together up to this: beyond,
+    # arithmetic and no longer the reading of weights takes the time
+    block_rows: int = 1024  # a larger request lets others go first after each so many rows
     announce_every_s: float = 1.0  # heartbeat to the controller, whatever the load takes

@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from expert_service.server import ExpertServer
+from expertmesh.rpc import loop
 from expertmesh.rpc.session import Admission
 from expertmesh.v1 import router_pb2, tensor_pb2
 from router_service.server import RouterServer
@@ -131,7 +132,7 @@ def devices_held(mesh: LocalMesh) -> Iterator[None]:
     """Every expert server's device thread waits until the block ends."""
     gate = threading.Event()
     for server in mesh.servers:
-        server._runner._executor.submit(gate.wait)
+        loop.submit(server._runner.call(gate.wait))
     try:
         yield
     finally:

@@ -1,0 +1,199 @@
+"""The device thread against a real shard on the reference backend."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import torch
+
+from expert_service.kernels.reference import ReferenceBackend
+from expert_service.runner import DeviceRunner
+from expert_service.shard import ExpertShard
+from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
+from expertmesh.config import ExpertConfig
+from expertmesh.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
+from expertmesh.rpc.deadline import Deadline
+
+H, E = 8, 4
+LAYER = LayerSpec(
+    index=0, num_experts=E, intermediate_size=6, shared_intermediate_size=0,
+    gate=GateSpec(score="softmax", top_k=2),
+)  # fmt: skip
+SPEC = ModelSpec(model_type="t", hidden_size=H, dtype=torch.float32, layers=(LAYER,))
+
+
+class Backend(ReferenceBackend):
+    """Notes how many rows each call brought."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+
+    def compute(self, layer: int, hidden: torch.Tensor, *pairs: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(hidden))
+        return super().compute(layer, hidden, *pairs)
+
+
+def _shard() -> tuple[ExpertShard, Backend]:
+    generator = torch.Generator().manual_seed(0)
+    backend = Backend()
+    slots = [Slot(0, expert) for expert in range(E)]
+    shard = ExpertShard(SPEC, slots, backend)
+
+    def read(slot: Slot) -> ExpertWeights:
+        gate, up = (torch.randn(6, H, generator=generator) for _ in range(2))
+        return ExpertWeights(gate, up, torch.randn(H, 6, generator=generator))
+
+    shard.load(read, lambda slot: None)
+    return shard, backend
+
+
+def _request(rows: int, seed: int) -> ExecuteRequest:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(rows, E, generator=generator).topk(2).indices.int()
+    return ExecuteRequest(
+        layer=0,
+        hidden_states=torch.randn(rows, H, generator=generator),
+        expert_ids=ids,
+        expert_weights=torch.rand(rows, 2, generator=generator),
+    )
+
+
+def _expected(shard: ExpertShard, request: ExecuteRequest) -> torch.Tensor:
+    return shard.execute(0, request.hidden_states, request.expert_ids, request.expert_weights)
+
+
+def _run(
+    scenario: Callable[[DeviceRunner, ExpertShard, Backend, threading.Event], Awaitable[Any]],
+    **config: int,
+) -> Any:
+    """Runs a scenario while the device waits for its event."""
+
+    async def run() -> Any:
+        shard, backend = _shard()
+        runner = DeviceRunner(shard, 1, ExpertConfig(**config))  # type: ignore[arg-type]
+        gate = threading.Event()
+        held = asyncio.ensure_future(runner.call(gate.wait))
+        try:
+            return await scenario(runner, shard, backend, gate)
+        finally:
+            gate.set()
+            await asyncio.wait((held,))
+            runner.close()
+
+    return asyncio.run(run())
+
+
+def _submit(runner: DeviceRunner, request: ExecuteRequest) -> asyncio.Task[ExecuteResponse]:
+    return asyncio.ensure_future(runner.execute(request, Deadline.after(30.0)))
+
+
+def test_requests_that_wait_together_are_computed_together_and_each_gets_its_rows() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        requests = [_request(rows, seed=rows) for rows in (1, 3, 2)]
+        tasks = [_submit(runner, request) for request in requests]
+        await asyncio.sleep(0)
+        gate.set()
+        answers = [(await task).hidden_states for task in tasks]
+        calls = list(backend.calls)
+        return answers, [_expected(shard, request) for request in requests], calls
+
+    answers, expected, calls = _run(scenario)
+
+    assert calls == [6]
+    for answer, right in zip(answers, expected, strict=True):
+        torch.testing.assert_close(answer, right)
+
+
+def test_a_bad_request_fails_alone() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        bad = _request(2, 1)
+        bad.expert_ids[1] = torch.tensor([3, 3])
+        tasks = [_submit(runner, _request(1, 0)), _submit(runner, bad)]
+        await asyncio.sleep(0)
+        gate.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    right, wrong = _run(scenario)
+
+    assert right.hidden_states.shape == (1, H)
+    assert isinstance(wrong, InvalidRequestError)
+
+
+def test_a_large_request_lets_a_small_one_pass_and_is_answered_whole() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        large, small = _request(25, 0), _request(1, 1)
+        finished: list[str] = []
+        tasks = [_submit(runner, large), _submit(runner, small)]
+        for name, task in zip(("large", "small"), tasks, strict=True):
+            task.add_done_callback(lambda _, name=name: finished.append(name))
+        await asyncio.sleep(0)
+        gate.set()
+        answer = (await tasks[0]).hidden_states
+        calls = list(backend.calls)
+        return finished, calls, answer, _expected(shard, large), shard.execution_counts()
+
+    finished, calls, answer, expected, counts = _run(scenario, merge_rows=4, block_rows=10)
+
+    assert finished[0] == "small"
+    assert calls == [10, 1, 15]
+    torch.testing.assert_close(answer, expected)
+    assert int(counts[0].sum()) == 2 * (25 + 1 + 25)
+
+
+def test_a_request_given_up_while_it_waits_is_never_computed() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        gone, other = _submit(runner, _request(3, 0)), _submit(runner, _request(2, 1))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        await other
+        return list(backend.calls)
+
+    assert _run(scenario) == [2]
+
+
+def test_a_turn_that_comes_too_late_is_a_deadline_error() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        late = asyncio.ensure_future(runner.execute(_request(1, 0), Deadline.after(0.0)))
+        await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(DeadlineError):
+            await late
+        return list(backend.calls)
+
+    assert _run(scenario) == []
+
+
+def test_a_full_queue_refuses_and_a_closed_one_fails_what_waits() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        waiting = _submit(runner, _request(1, 0))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await runner.execute(_request(1, 1), Deadline.after(1.0))
+        runner.close()
+        gate.set()
+        outcomes = await asyncio.gather(waiting, return_exceptions=True)
+        with pytest.raises(UnavailableError):
+            await runner.execute(_request(1, 1), Deadline.after(1.0))
+        return outcomes
+
+    (outcome,) = _run(scenario, max_queue=1)
+
+    assert isinstance(outcome, UnavailableError)
+
+
+def test_a_call_that_raises_tells_its_caller_and_the_thread_goes_on() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        gate.set()
+        with pytest.raises(ZeroDivisionError):
+            await runner.call(lambda: 1 // 0)
+        return (await _submit(runner, _request(2, 0))).hidden_states.shape
+
+    assert _run(scenario) == (2, H)
