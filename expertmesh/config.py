@@ -70,6 +70,7 @@ class RouterConfig:
 
     max_batch_rows: int = 16384  # rows of one merged batch: bounds its memory
     max_batches_per_layer: int = 2  # one computes while the next one travels
+    small_rows: int = 256  # requests of more rows queue apart: decoding does not wait for prompts
     default_timeout_s: float = 30.0  # for requests that bring no deadline
     hedge_after_s: float = 0.25  # a silent server's rows go to a replica too after this; with
     # `hedge_factor` times its usual time where that is longer

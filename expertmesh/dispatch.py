@@ -15,6 +15,12 @@ import torch
 
 Ids = npt.NDArray[np.int32]
 
+#: A server that most rows visit is sent every row: the others cost less on the wire than it takes
+#: to pick rows out of a large tensor, and their part of the answer is zero.
+_MOST_ROWS = 0.9
+#: Rows whose float32 sum stays in a core's cache while the next partial sums are added.
+_COMBINE_ROWS = 64
+
 
 class Holders:
     """Who can be asked for each expert of one layer: made once, used until a server changes."""
@@ -127,7 +133,7 @@ def _parts(choice: npt.NDArray[np.int64], ids_TK: Ids) -> list[Part]:
         mine = choice == server
         rows = np.flatnonzero(mine.any(1))
         ids = np.where(mine, ids_TK, np.int32(-1))
-        if len(rows) == len(ids_TK):
+        if len(rows) >= _MOST_ROWS * len(ids_TK):
             parts.append(Part(int(server), None, ids))
         else:
             parts.append(Part(int(server), rows, ids[rows]))
@@ -147,8 +153,8 @@ def combine(
 
     The order of the sum is that of `contributions`. Rows without any are zero.
     """
-    if len(contributions) == 1 and contributions[0][0] is None:
-        return contributions[0][1].to(hidden_TH.dtype)
+    if all(rows is None for rows, _ in contributions) and contributions:
+        return _add_up([partial for _, partial in contributions], hidden_TH.dtype)
     total = torch.zeros(hidden_TH.shape, dtype=torch.float32)
     for rows, partial in contributions:
         if rows is None:
@@ -156,3 +162,19 @@ def combine(
         else:
             total.index_add_(0, torch.from_numpy(rows), partial.float())
     return total.to(hidden_TH.dtype)
+
+
+def _add_up(partials: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The sum of partial sums for the same rows, in float32, rounded once to `dtype`."""
+    if len(partials) == 1:
+        return partials[0].to(dtype)
+    if len(partials) == 2 and partials[0].dtype == partials[1].dtype == dtype:
+        return partials[0] + partials[1]  # of 16-bit types, too, torch adds two in float32
+    total = torch.empty(partials[0].shape, dtype=dtype)
+    for start in range(0, len(total), _COMBINE_ROWS):
+        block = slice(start, start + _COMBINE_ROWS)
+        summed = partials[0][block].float()
+        for partial in partials[1:]:
+            summed += partial[block]
+        total[block] = summed
+    return total

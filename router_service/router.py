@@ -34,7 +34,7 @@ class Router:
         self.counts = AssignmentCounts(model.spec)
         self.snapshot = Snapshot(SlotMap.of(0, model.spec, {}))
         self._config = config
-        self._queues: dict[tuple[int, torch.dtype], LayerQueue] = {}
+        self._queues: dict[tuple[int, torch.dtype, bool], LayerQueue] = {}
         self._tasks = TaskSet()
         self._epochs = EpochsInUse()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="router-math")
@@ -51,7 +51,7 @@ class Router:
         if len(request.hidden_states) == 0:
             answer = self._empty(request, layer)
         else:
-            answer = await self._queue(layer, request.hidden_states.dtype).answer(request, deadline)
+            answer = await self._queue(layer, request.hidden_states).answer(request, deadline)
         self.counts.add(
             layer.index,
             answer.expert_ids,
@@ -70,8 +70,9 @@ class Router:
             np.zeros(0, np.int64),
         )
 
-    def _queue(self, layer: LayerSpec, dtype: torch.dtype) -> LayerQueue:
-        key = (layer.index, dtype)
+    def _queue(self, layer: LayerSpec, hidden: torch.Tensor) -> LayerQueue:
+        """Where such a request waits: few rows never wait for, or in one batch with, many."""
+        key = (layer.index, hidden.dtype, len(hidden) > self._config.small_rows)
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = LayerQueue(

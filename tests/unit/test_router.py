@@ -36,10 +36,10 @@ def _request(k: int = 0) -> ForwardRequest:
     )
 
 
-def _router(silent_s: float) -> Router:
+def _router(silent_s: float, **config: int) -> Router:
     pool = FakePool({"a": FakeServer({0, 1, 2}, lambda call: silent_s)}, 0, EXPERTS)
     model = Model(SPEC, {0: GATE}, "digest", torch.float32)
-    router = Router(model, pool, RouterConfig())  # type: ignore[arg-type]
+    router = Router(model, pool, RouterConfig(**config))  # type: ignore[arg-type]
     router.snapshot = Snapshot(pool.slots, bias_version=1)
     return router
 
@@ -66,6 +66,27 @@ def test_a_batch_keeps_the_snapshot_it_began_with_and_the_next_takes_the_new_one
 
     assert (before.bias_version, _ids(before)) == (1, [[0], [0]])
     assert (after.bias_version, _ids(after)) == (2, [[2], [2]])
+
+
+def test_a_request_of_few_rows_does_not_wait_for_large_ones() -> None:
+    async def scenario() -> list[str]:
+        router = _router(silent_s=0.02, small_rows=2)
+        finished: list[str] = []
+
+        async def ask(name: str, rows: int) -> None:
+            request = ForwardRequest(layer=0, hidden_states=torch.ones(rows, HIDDEN))
+            await router.forward(request, Deadline.after(5.0))
+            finished.append(name)
+
+        large = [asyncio.ensure_future(ask(f"large {i}", rows=3)) for i in range(4)]
+        await asyncio.sleep(0)  # two are under way, two wait
+        await asyncio.gather(ask("small", rows=1), *large)
+        await router.close()
+        return finished
+
+    finished = asyncio.run(scenario())
+
+    assert finished.index("small") < 3, "the large ones that wait are behind it"
 
 
 def test_detail_is_as_wide_as_the_request_whatever_it_was_merged_with() -> None:
