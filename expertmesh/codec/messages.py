@@ -7,7 +7,7 @@ hidden states as a `TensorPart`, because the rest may follow in chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -81,8 +81,8 @@ class Pending(Generic[M]):
     def finish(self) -> M:
         """The message. Raises InvalidRequestError when elements are missing."""
         whole = tensors.require_complete(self.hidden_states, "hidden_states")
-        message: M = replace(self._message, hidden_states=whole)
-        return message
+        self._message.hidden_states = whole
+        return self._message
 
 
 class Codec(Protocol[M]):

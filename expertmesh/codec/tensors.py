@@ -135,6 +135,8 @@ def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorP
     Raises InvalidRequestError when the parts disagree, MessageTooLargeError when the shape holds
     more than `max_bytes`.
     """
+    if (usual := _read_usual(buffer, at, end)) is not None:
+        return _checked(buffer, *usual, name, max_bytes)
     dtype_number, shape, start, stop = 0, [], at, at
     for number, kind, value, upto in wire.fields(buffer, at, end):
         if number == 1:
@@ -148,6 +150,27 @@ def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorP
             wire.expect(kind, wire.BYTES, f"{name}.data")
             start, stop = value, upto
     return _checked(buffer, dtype_number, tuple(shape), start, stop, name, max_bytes)
+
+
+def _read_usual(buffer: bytes, at: int, end: int) -> tuple[int, tuple[int, ...], int, int] | None:
+    """(data type, shape, span of the elements) of a tensor as every encoder lays it out.
+
+    None for anything else, which is read field by field.
+    """
+    if end - at < 6 or buffer[at] != 0x08 or buffer[at + 2] != 0x12:
+        return None
+    dtype_number, position = buffer[at + 1], at + 4
+    data_at = position + buffer[at + 3]
+    if dtype_number > 127 or buffer[at + 3] > 5 * _MAX_RANK or data_at >= end:
+        return None
+    shape = []
+    while position < data_at:
+        extent, position = wire.read_varint(buffer, position, data_at)
+        shape.append(wire.signed(extent))
+    if buffer[data_at] != 0x1A or len(shape) > _MAX_RANK:
+        return None
+    length, data_at = wire.read_varint(buffer, data_at + 1, end)
+    return (dtype_number, tuple(shape), data_at, end) if data_at + length == end else None
 
 
 def _extents(buffer: bytes, kind: int, value: int, upto: int, name: str) -> list[int]:
