@@ -1,4 +1,4 @@
-"""What the path itself costs: a layer of tiny experts, beside a bare gRPC stream.
+"""What the path itself costs: experts that compute nothing, beside bare gRPC streams.
 
 python benchmarks/bench_path.py [--hardware 2core-epyc]
 """
@@ -19,30 +19,27 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+import uvloop
 from echo import EchoStream
 from harness import Report, Spread, WrongOutputError, quantile, ratios
 from layer import TINY_EXPERTS, Shape, make_block, make_rows, save_block
 from machine import facts
-from services import cluster, service
+from services import cluster, echo_over_two_hops
 
-from expert_service.kernels import create_backend
-from expert_service.shard import ExpertShard
-from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import AsyncMesh, connect_async
-from expertmesh.placement import initial_parts
 
 _TOLERANCE = 1e-2  # bf16
 _SHARDS = 2
 _TIMEOUT_S = 120.0
 _SAYS = f"""\
 Every process is on one machine, without Ray: clients (one process, asyncio, a connection each),
-router, {_SHARDS} expert servers of one thread. `mesh` is one `AsyncMesh.forward`, from tensor to
-tensor. `echo` sends the same bytes over a bare grpc.aio stream to one process and back, in chunks
-of 1 MiB, with no tensor, no gate and no second hop: what gRPC in Python takes at the least, and not
-a system of the same use. `ratio` is p50 of mesh over p50 of echo, block by block: median
-(least–largest). The experts are tiny, not absent: `experts ms` is what one shard's own part takes,
-alone in a process, and is in the time of the mesh. The clients share the cores with the servers, so
-requests/s is of all of them together."""
+router, {_SHARDS} expert servers. The experts compute nothing: a row comes back as the row times the
+sum of its weights (`--backend noop`), so that what is timed is the path. `mesh` is one
+`AsyncMesh.forward`, from tensor to tensor. `echo` sends the same bytes in chunks of 1 MiB over the
+same two hops of bare grpc.aio streams, to a relay and from it to {_SHARDS} echo servers, whole, and
+one answer back: what gRPC in Python takes at the least, without a tensor, a gate or a plan. `ratio`
+is p50 of mesh over p50 of echo, block by block: median (least–largest). The clients share the
+cores with the servers, so requests/s is of all of them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +91,13 @@ async def _run_block(clients: list[_Request], requests: int) -> Block:
 
 
 class Bench:
-    """The layer in this process, and connections to the cluster and to the echo server."""
+    """The layer in this process, and connections to the cluster and to the relay."""
 
     def __init__(self, shape: Shape, folder: Path) -> None:
         """Makes the layer and saves it to the folder."""
         self.shape = shape
         self.block = make_block(shape)
-        self.block.config._experts_implementation = "eager"
         save_block(self.block, folder)
-        checkpoint = Checkpoint.open(folder)
-        backend = create_backend("auto", "cpu", checkpoint.spec.dtype, checkpoint.spec, 1)
-        self._part = initial_parts(checkpoint.spec, _SHARDS)[0]
-        self._shard = ExpertShard(checkpoint.spec, self._part, backend)
-        self._shard.load(checkpoint.read_expert, lambda _: None)
         self.meshes: list[AsyncMesh] = []
         self.echoes: list[EchoStream] = []
 
@@ -123,7 +114,7 @@ class Bench:
         def echo_request(echo: EchoStream) -> _Request:
             return lambda: echo.send(payload)
 
-        expected = self.block.experts(rows, ids, weights)
+        expected = (rows.float() * weights.float().sum(1, keepdim=True)).to(rows.dtype)
         for mesh in self.meshes[: case.clients]:
             output = await mesh.forward(rows, 0, timeout=_TIMEOUT_S, **routing)
             report.gate(str(case), output, expected, _TOLERANCE)
@@ -138,21 +129,10 @@ class Bench:
         for _ in range(blocks):
             for name, requests in clients.items():
                 results[name].append(await _run_block(requests, case.requests))
-        _add(report, case, results, self._experts_ms(rows, ids, weights))
-
-    def _experts_ms(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> float:
-        """One shard's part of a batch, median of some."""
-        held = torch.tensor([slot.expert for slot in self._part])
-        asked = torch.where(torch.isin(ids, held), ids, -1).int()
-        seconds = []
-        for _ in range(21):
-            start = time.perf_counter()
-            self._shard.execute(0, rows, asked, weights)
-            seconds.append(time.perf_counter() - start)
-        return 1e3 * Spread.of(seconds).median
+        _add(report, case, results)
 
 
-def _add(report: Report, case: Case, results: dict[str, list[Block]], experts_ms: float) -> None:
+def _add(report: Report, case: Case, results: dict[str, list[Block]]) -> None:
     p50 = {
         name: [quantile(block.latencies_ms, 0.5) for block in blocks]
         for name, blocks in results.items()
@@ -168,10 +148,7 @@ def _add(report: Report, case: Case, results: dict[str, list[Block]], experts_ms
             ),
         }
     samples = sum(len(block.latencies_ms) for block in results["mesh"])
-    report.add(
-        str(case), **columns, ratio=ratios(p50["mesh"], p50["echo"]),
-        **{"experts ms": round(experts_ms, 3)}, samples=samples,
-    )  # fmt: skip
+    report.add(str(case), **columns, ratio=ratios(p50["mesh"], p50["echo"]), samples=samples)
 
 
 async def _measure_all(bench: Bench, report: Report, router: str, echo: str, blocks: int) -> None:
@@ -196,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(1)
     report = Report(
         theme="path",
-        title="The path client → router → shards → back, with tiny experts, on the CPU",
+        title="The path client → router → shards → back, with experts that compute nothing",
         command=f"python benchmarks/bench_path.py --blocks {arguments.blocks}",
         says=f"{TINY_EXPERTS}, bf16.\n{_SAYS}",
         facts=facts(),
@@ -205,10 +182,10 @@ def main() -> None:
         folder = Path(name)
         bench = Bench(TINY_EXPERTS, folder)
         with (
-            cluster(folder, folder, _SHARDS) as router,
-            service(folder, str(Path(__file__).parent / "echo.py")) as echo,
+            cluster(folder, folder, _SHARDS, backend="noop") as router,
+            echo_over_two_hops(folder, _SHARDS) as echo,
         ):
-            asyncio.run(_measure_all(bench, report, router, echo, arguments.blocks))
+            uvloop.run(_measure_all(bench, report, router, echo, arguments.blocks))
     print(report.markdown())
     if arguments.json:
         report.write_json(arguments.json)

@@ -1,16 +1,19 @@
-"""A bare gRPC stream that sends every chunk back as it came: the floor of one hop.
+"""Bare gRPC streams that send every chunk back as it came: the floor of one hop, or of two.
 
-python benchmarks/echo.py     # prints LISTENING host:port
+python benchmarks/echo.py                           # prints LISTENING host:port
+python benchmarks/echo.py HOST:PORT HOST:PORT       # a relay: asks all, passes one answer on
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
+import uvloop
 
 METHOD = "/echo.Echo/Stream"
 CHUNK_BYTES = 1 << 20
@@ -20,6 +23,32 @@ _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel
 async def _echo(chunks: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
     async for chunk in chunks:
         yield chunk
+
+
+class _Relay:
+    """Sends every chunk to each of some echo servers, and what the last of them answers back."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+
+    async def serve(self, _: object, context: Any) -> None:
+        """One stream, with a stream of its own to each server."""
+        channels = [grpc.aio.insecure_channel(each, options=_OPTIONS) for each in self._addresses]
+        calls: list[Any] = [channel.stream_stream(METHOD)() for channel in channels]
+        answers = asyncio.ensure_future(self._answer(calls, context))
+        while (chunk := await context.read()) is not grpc.aio.EOF:
+            for call in calls:
+                await call.write(chunk)
+        answers.cancel()
+        for call, channel in zip(calls, channels, strict=True):
+            call.cancel()
+            await channel.close()
+
+    async def _answer(self, calls: list[Any], context: Any) -> None:
+        while True:
+            for call in calls:
+                answer = await call.read()
+            await context.write(answer)
 
 
 class EchoStream:
@@ -51,9 +80,9 @@ class EchoStream:
         await self._channel.close()
 
 
-async def _serve() -> None:
+async def _serve(behaviour: Callable[..., AsyncIterator[bytes] | Awaitable[None]]) -> None:
     server = grpc.aio.server(options=_OPTIONS)
-    handler = grpc.stream_stream_rpc_method_handler(_echo)
+    handler = grpc.stream_stream_rpc_method_handler(behaviour)
     service, method = METHOD.strip("/").split("/")
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
@@ -65,4 +94,4 @@ async def _serve() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    uvloop.run(_serve(_Relay(sys.argv[1:]).serve if len(sys.argv) > 1 else _echo))

@@ -49,7 +49,7 @@ def service(folder: Path, *command: str) -> Iterator[str]:
 
 
 @contextmanager
-def cluster(checkpoint: Path, folder: Path, shards: int) -> Iterator[str]:
+def cluster(checkpoint: Path, folder: Path, shards: int, backend: str = "auto") -> Iterator[str]:
     """A controller, a router and `shards` expert servers of one thread; the router's address."""
     with ExitStack() as stack:
         start = stack.enter_context
@@ -58,10 +58,19 @@ def cluster(checkpoint: Path, folder: Path, shards: int) -> Iterator[str]:
         link = ("--controller", controller)
         router = start(service(folder, "-m", "router_service", str(checkpoint), *link))
         for shard in range(shards):
-            part = ("--shard", f"{shard}/{shards}")
+            part = ("--shard", f"{shard}/{shards}", "--backend", backend)
             start(service(folder, "-m", "expert_service", str(checkpoint), *part, *link))
         _wait_ready(router, shards)
         yield router
+
+
+@contextmanager
+def echo_over_two_hops(folder: Path, servers: int) -> Iterator[str]:
+    """A relay before that many echo servers: the relay's address."""
+    script = str(Path(__file__).parent / "echo.py")
+    with ExitStack() as stack:
+        echoes = [stack.enter_context(service(folder, script)) for _ in range(servers)]
+        yield stack.enter_context(service(folder, script, *echoes))
 
 
 def _wait_ready(router: str, shards: int) -> None:
