@@ -40,6 +40,7 @@ class ServerLink:
     ) -> None:
         self.announced = announced
         self.error = ""
+        self.answered_rows = 0
         self._digest = digest
         self._config = config
         self._on_change = on_change
@@ -89,6 +90,7 @@ class ServerLink:
             raise UnavailableError(f"expert server {self.announced.server_id} is not connected")
         started = time.monotonic()
         response: ExecuteResponse = await stream.call(request, deadline)
+        self.answered_rows += len(request.hidden_states)
         self._learn(len(request.hidden_states), time.monotonic() - started)
         return response
 

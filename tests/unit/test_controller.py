@@ -224,8 +224,10 @@ def test_a_server_not_heard_of_is_lost_until_it_is_heard_again() -> None:
 
 def test_a_routers_end_is_forgotten_only_when_it_is_the_present_one() -> None:
     controller = _controller()
-    controller.add_router("r0", "old", "h:1")
-    controller.add_router("r0", "new", "h:2")
+    for incarnation, endpoint in (("old", "h:1"), ("new", "h:2")):
+        controller.add_router(
+            pb.WatchClusterRequest(router_id="r0", incarnation=incarnation, endpoint=endpoint)
+        )
 
     controller.remove_router("r0", "old")
 
