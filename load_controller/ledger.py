@@ -64,16 +64,16 @@ class Ledger:
         known = self._totals.get(layer)
         if known is not None and len(known) != len(total):
             raise InvalidRequestError(
-                f"{key.source} reports {len(total)} counts for layer {layer}, which has "
-                f"{len(known)}",
+                f"{key.source} reports {len(total)} numbers for layer {layer}, where others "
+                f"report {len(known)}: every source must serve the same model",
                 field="layers",
             )
         new = total if told is None else total - told
         if (new < 0).any():
-            expert = int(new.argmin())
+            least = int(new.argmin())
             raise InvalidRequestError(
-                f"{key.source} reports {int(total[expert])} for expert {expert} of layer {layer}, "
-                f"{-int(new[expert])} less than before: totals of one incarnation only grow",
+                f"{key.source} reports {int(total[least])} in layer {layer}, "
+                f"{-int(new[least])} less than before: totals of one incarnation only grow",
                 field="layers",
             )
         return new
