@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from expertmesh.errors import ConfigError
 
 BalanceMode = Literal["frozen", "adaptive", "off"]
 BalancePolicy = Literal["sign", "proportional"]
+RateSchedule = Literal["constant", "inverse", "cosine"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -21,27 +24,43 @@ class BalanceConfig:
     """How the load controller turns counts into biases.
 
     Modes: "frozen" serves the checkpoint's own biases, "adaptive" adds a serving delta that moves
-    with the load, "off" serves as frozen and does not close windows either.
+    with the load, "off" serves as frozen and does not close windows either. The trained bias is
+    never changed; every rule is about the delta, of each layer by itself.
     """
 
     mode: BalanceMode = "frozen"  # outputs are the checkpoint's unless someone asks otherwise
     policy: BalancePolicy = "sign"  # the paper's choice: better perplexity than proportional
     update_rate: float = 1e-3  # u of arXiv 2408.15664: 1e-4 is slow early, 1e-2 fluctuates late
+    schedule: RateSchedule = "constant"  # of the rate: DeepSeek-V3 kept 1e-3 until it froze
+    schedule_windows: int = 500  # "inverse" halves the rate after this many windows, "cosine" has
+    # come down to the floor: at 1e-3, 500 windows span the whole range of a sigmoid's scores
+    update_rate_floor: float = 1e-4  # no schedule goes lower: what cannot move follows no drift
     window_tokens: int = 4096  # a window closes after this many rows of a layer ...
     window_s: float = 1.0  # ... or after this long, whichever comes first
+    decay: float = 0.0  # share of the delta forgotten in a window; 0: what balance needs is kept.
+    # 1e-3 lets go within some thousand windows of what the load no longer asks for
     max_delta: float | None = None  # |serving bias - trained bias| stays within this; None: free
-    divergence_ceiling: float | None = None  # share of picks that may differ from frozen
+    divergence_ceiling: float | None = None  # share of a layer's picks that may differ from frozen;
+    # above it the delta is halved, at twice this taken back; None: measured only
 
     def __post_init__(self) -> None:
         _require(self.mode in get_args(BalanceMode), "balance.mode", self.mode, "frozen, "
                  "adaptive or off")  # fmt: skip
         _require(self.policy in get_args(BalancePolicy), "balance.policy", self.policy,
                  "sign or proportional")  # fmt: skip
-        _require(self.update_rate > 0, "balance.update_rate", self.update_rate, "> 0")
+        _require(self.schedule in get_args(RateSchedule), "balance.schedule", self.schedule,
+                 "constant, inverse or cosine")  # fmt: skip
+        _require_finite(self.update_rate, "balance.update_rate", above=0)
+        _require(self.schedule_windows > 0, "balance.schedule_windows", self.schedule_windows,
+                 "> 0")  # fmt: skip
+        _require(self.schedule == "constant" or 0 < self.update_rate_floor <= self.update_rate,
+                 "balance.update_rate_floor", self.update_rate_floor,
+                 f"within (0, update_rate={self.update_rate}]")  # fmt: skip
         _require(self.window_tokens > 0, "balance.window_tokens", self.window_tokens, "> 0")
-        _require(self.window_s > 0, "balance.window_s", self.window_s, "> 0")
-        _require(self.max_delta is None or self.max_delta > 0, "balance.max_delta",
-                 self.max_delta, "> 0 or None")  # fmt: skip
+        _require_finite(self.window_s, "balance.window_s", above=0)
+        _require(0 <= self.decay < 1, "balance.decay", self.decay, "within [0, 1)")
+        if self.max_delta is not None:
+            _require_finite(self.max_delta, "balance.max_delta", above=0)
         _require(self.divergence_ceiling is None or 0 < self.divergence_ceiling <= 1,
                  "balance.divergence_ceiling", self.divergence_ceiling,
                  "within (0, 1] or None")  # fmt: skip
@@ -50,6 +69,37 @@ class BalanceConfig:
     def of(cls, balance: str | BalanceConfig) -> BalanceConfig:
         """`balance` itself, or the default configuration of the mode it names."""
         return balance if isinstance(balance, cls) else cls(mode=balance)  # type: ignore[arg-type]
+
+    def with_settings(self, settings: Sequence[str]) -> BalanceConfig:
+        """This configuration with settings like "max_delta=0.1" changed. Raises ConfigError.
+
+        "none" takes a bound away.
+        """
+        kinds: dict[str, str] = {each.name: str(each.type) for each in fields(self)}
+        changes: dict[str, object] = {}
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            name = name.strip().removeprefix("balance.")
+            _require(bool(equals) and name in kinds, "a balance setting", setting,
+                     f"NAME=VALUE with NAME one of {', '.join(kinds)}")  # fmt: skip
+            changes[name] = _parsed(name, text.strip(), kinds[name])
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _parsed(name: str, text: str, kind: str) -> object:
+    """A setting's value from its text, by the annotation of its field."""
+    if text.lower() == "none" and "None" in kind:
+        return None
+    try:
+        if kind.startswith("int"):
+            return int(text)
+        return float(text) if kind.startswith("float") else text
+    except ValueError:
+        raise ConfigError(f"balance.{name} is {text!r}, expected a number") from None
+
+
+def _require_finite(value: float, name: str, *, above: float) -> None:
+    _require(value > above and math.isfinite(value), name, value, f"> {above}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +131,10 @@ class RouterConfig:
     reconnect_pause_s: float = 0.1  # between two tries to connect, doubled up to ...
     reconnect_max_pause_s: float = 1.0  # ... this: actors come back within seconds
     report_every_s: float = 0.1  # counts to the controller, while they change
+    sample_rows: int = 256  # of a layer between two reports, in mode "adaptive": enough to measure
+    # a divergence of 5 % to one part in ten with 8 experts a row
+    sample_bytes: int = 1 << 20  # of scores in one report, over all layers: 58 layers of 256
+    # experts get 17 rows each
     inline_rows: int = 64  # batches up to this are planned on the event loop: a thread hop costs
     # more than the work
 

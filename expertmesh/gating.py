@@ -62,11 +62,8 @@ def select(logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None 
     non-finite logits yields distinct ids in range and weights that may be NaN; other rows do not
     notice. The spec must have passed `check_gate`.
     """
-    scores_TE = _scores(logits_TE, spec)
-    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if spec.topk_group < spec.n_group:
-        choice_TE = _mask_groups(choice_TE, spec)
-    ids_TK = _top_indices(choice_TE, spec.top_k)
+    scores_TE = scores(logits_TE, spec)
+    ids_TK = choose(scores_TE, spec, bias_E)
     weights_TK = scores_TE.gather(1, ids_TK)
     if spec.renormalize:
         total_T1 = weights_TK.sum(dim=-1, keepdim=True)
@@ -76,6 +73,28 @@ def select(logits_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None 
     if spec.round_weights and logits_TE.dtype != torch.float32:
         weights_TK = weights_TK.to(logits_TE.dtype).float()
     return Routing(ids_TK.to(torch.int32), weights_TK)
+
+
+def choose(
+    scores_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The experts [T, K] int64 that rows of scores [T, E] float32 choose under a bias."""
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if spec.topk_group < spec.n_group:
+        choice_TE = _mask_groups(choice_TE, spec)
+    return _top_indices(choice_TE, spec.top_k)
+
+
+def changed_picks(
+    ids_TK: torch.Tensor,
+    scores_TE: torch.Tensor,
+    spec: GateSpec,
+    bias_E: torch.Tensor | None = None,
+) -> int:
+    """How many of the picks the rows would not have made under that bias (the trained one)."""
+    own_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    own_TE.scatter_(1, choose(scores_TE, spec, bias_E), True)
+    return ids_TK.numel() - int(own_TE.gather(1, ids_TK.long()).sum())
 
 
 def route(
@@ -108,7 +127,8 @@ def shared_weights(hidden_TH: torch.Tensor, gate: GateWeights) -> torch.Tensor |
     return score_T1.squeeze(-1).float()
 
 
-def _scores(logits_TE: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+def scores(logits_TE: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """Scores [T, E] float32: what a bias is added to, and what weights are made of."""
     if spec.score == "softmax":
         return torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     return torch.sigmoid(logits_TE.float())

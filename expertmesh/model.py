@@ -11,6 +11,9 @@ import torch
 #: Grows when the protocol changes in a way that older peers cannot follow.
 PROTOCOL_VERSION = 1
 
+Score = Literal["softmax", "sigmoid"]
+GroupScore = Literal["top2_sum", "max"]
+
 
 class Slot(NamedTuple):
     """One physical copy of one layer's expert on one server.
@@ -30,11 +33,11 @@ class GateSpec:
     The gate is data: `expertmesh.gating` interprets it, no family has code of its own.
     """
 
-    score: Literal["softmax", "sigmoid"]  # scores from logits, in float32
+    score: Score  # scores from logits, in float32
     top_k: int
     n_group: int = 1  # experts come in this many equal groups ...
     topk_group: int = 1  # ... of which this many stay; the others are masked with -inf
-    group_score: Literal["top2_sum", "max"] = "max"
+    group_score: GroupScore = "max"
     renormalize: bool = False  # divide the chosen weights by their sum
     renormalize_eps: float = 0.0  # added to that sum (DeepSeek-V3: 1e-20)
     scale: float = 1.0  # routed_scaling_factor

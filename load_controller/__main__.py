@@ -22,6 +22,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address that peers can reach")
     parser.add_argument("--port", type=int, default=0, help="0: the last one, or any free port")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of BalanceConfig, as max_delta=0.1; may be repeated",
+    )
     return parser.parse_args(argv)
 
 
@@ -29,7 +36,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     server = ControllerServer(
         arguments.state,
         host=arguments.host,
-        balance=BalanceConfig.of(arguments.balance),
+        balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
         rpc=RpcConfig(port=arguments.port),
     )
     await run_until_signal(server, lambda: print(f"LISTENING {server.address}", flush=True))

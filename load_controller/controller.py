@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
 
-import numpy as np
 import torch
 
-from expertmesh.config import BalanceConfig
+from expertmesh.config import BalanceConfig, BalanceMode
 from expertmesh.errors import InvalidRequestError, MismatchError, SupersededError
 from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.v1 import control_pb2 as pb
-from expertmesh.v1 import router_pb2
-from load_controller.balancer import Balancer, max_violation
-from load_controller.ledger import Counts, Ledger, Report, SourceKey
+from load_controller import messages
+from load_controller.accounts import Accounts
+from load_controller.balancer import Balancer
+from load_controller.divergence import UNMEASURED
 from load_controller.store import Store
 
 _log = logging.getLogger(__name__)
 LOST_AFTER_S = 5.0  # announcements come every second: five in a row are missing
 
-ASSIGNMENTS, CALLER_GATED, EXECUTIONS = "assignments", "caller_gated", "executions"
+
+@dataclass
+class _Router:
+    """One router that watches, and what it said to use in its last report."""
+
+    incarnation: str
+    endpoint: str
+    bias_version: int = 0
+    epoch: int = 0  # until it has reported, servers must keep every placement
 
 
 class LoadController:
@@ -38,27 +48,24 @@ class LoadController:
         self.epoch = int(store.meta("epoch") or 0)
         self._servers: dict[str, pb.AnnounceServerRequest] = {}
         self._heard_at: dict[str, float] = {}
-        self.routers: dict[str, tuple[str, str]] = {}  # router id: incarnation, endpoint
-        self._router_epochs: dict[str, int] = {}
-        self._top_k: dict[int, int] = {}
-        self._ledgers = {kind: Ledger() for kind in (ASSIGNMENTS, CALLER_GATED, EXECUTIONS)}
-        self._balancer = Balancer(balance, balance.mode)
+        self._routers: dict[str, _Router] = {}
+        self._accounts = Accounts(store)
+        self.balancer = Balancer(balance, balance.mode)
+        self.beats = 0
+        self._beat = pb.BalanceBeat(window_age_s=-1.0)
         self._restore()
 
     def _restore(self) -> None:
         """Takes up what an earlier incarnation had published."""
-        for kind, ledger in self._ledgers.items():
-            for report in self._store.reports(kind):
-                ledger.take(report)
         for _, raw in self._store.servers():
             announcement = pb.AnnounceServerRequest.FromString(raw)
             self._servers[announcement.server.server_id] = announcement
         stored_mode = self._store.meta("balance_mode")
-        self._balancer.deltas = self._store.deltas()
+        self.balancer.restore(self._store.progress())
         if stored_mode is None:
             self._publish_bias()
         else:
-            self._balancer.mode = stored_mode
+            self.balancer.mode = stored_mode
 
     # Directory and placement.
 
@@ -119,8 +126,7 @@ class LoadController:
         self._on_change()
 
     def _oldest_epoch(self) -> int:
-        live = [epoch for router, epoch in self._router_epochs.items() if router in self.routers]
-        return min(live, default=0)
+        return min((router.epoch for router in self._routers.values()), default=0)
 
     def mark_lost(self, now: float) -> None:
         """Marks servers that have not been heard of for LOST_AFTER_S."""
@@ -133,26 +139,32 @@ class LoadController:
                 lost.server.state = "lost"
                 self._accept(lost, announcement)
 
-    def add_router(self, router_id: str, incarnation: str, endpoint: str) -> None:
-        """A router watches from now on."""
-        self.routers[router_id] = (incarnation, endpoint)
-        self.directory_version += 1
-        self._on_change()
+    def add_router(self, request: pb.WatchClusterRequest) -> None:
+        """A router watches from now on. Raises InvalidRequestError for a gate that cannot be."""
+        gates = messages.gates_of(request)
+        self._routers[request.router_id] = _Router(request.incarnation, request.endpoint)
+        self.balancer.gates |= gates
+        self._directory_changed()
 
     def remove_router(self, router_id: str, incarnation: str) -> None:
         """A router's watch has ended, unless a newer incarnation has taken its place."""
-        if self.routers.get(router_id, ("", ""))[0] == incarnation:
-            del self.routers[router_id]
-            self._router_epochs.pop(router_id, None)
-            self.directory_version += 1
-            self._on_change()
+        router = self._routers.get(router_id)
+        if router is not None and router.incarnation == incarnation:
+            del self._routers[router_id]
+            self.balancer.forget(router_id)
+            self._directory_changed()
+
+    def _directory_changed(self) -> None:
+        self.directory_version += 1
+        self._store.set_meta("directory_version", str(self.directory_version))
+        self._on_change()
 
     def directory(self) -> pb.Directory:
         """Where everyone is."""
         return pb.Directory(
             version=self.directory_version,
             servers=[entry.server for _, entry in sorted(self._servers.items())],
-            routers=sorted(endpoint for _, endpoint in self.routers.values()),
+            routers=sorted(router.endpoint for router in self._routers.values()),
         )
 
     def placement(self) -> pb.Placement:
@@ -168,91 +180,95 @@ class LoadController:
     # Counts.
 
     def take_assignments(self, request: pb.ReportAssignmentsRequest, now: float) -> None:
-        """Takes a router's totals."""
-        self._router_epochs[request.source] = request.epoch
-        for entry in request.layers:
-            self._top_k[entry.layer] = entry.top_k
-        gated = {e.layer: np.array(e.counts, np.int64) for e in request.layers}
-        caller = {e.layer: np.array(e.caller_gated_counts, np.int64) for e in request.layers}
-        news = self._take(ASSIGNMENTS, request, gated)
-        self._take(CALLER_GATED, request, caller)
-        if news is not None:
-            self._balancer.count(news, self._top_k, now)
-            self.close_windows(now)
+        """Takes a router's totals and samples. Raises InvalidRequestError for impossible ones."""
+        router = self._routers.get(request.source)
+        if router is not None and router.incarnation == request.incarnation:
+            router.bias_version, router.epoch = request.bias_version, request.epoch
+        scores = messages.scores_of(request, self.balancer.gates)
+        shares = self._accounts.take_shares(request)
+        with self._store.transaction():  # routers hear of it in the loop's next turn, after this
+            news = self._accounts.take_assignments(request)
+            if news is None:
+                return
+            cut = False
+            for layer, sample in scores.items():
+                share = shares.get(layer, UNMEASURED)
+                cut |= self.balancer.sample(request.source, layer, sample, share, now)
+            self.balancer.count(news, self._accounts.top_k, now)
+            self.close_windows(now, cut)
 
     def take_executions(self, request: pb.ReportExecutionsRequest) -> None:
-        """Takes a server's totals."""
-        counts = {entry.layer: np.array(entry.counts, np.int64) for entry in request.layers}
-        self._take(EXECUTIONS, request, counts)
-
-    def _take(
-        self,
-        kind: str,
-        request: pb.ReportAssignmentsRequest | pb.ReportExecutionsRequest,
-        totals: dict[int, Counts],
-    ) -> dict[int, Counts] | None:
-        report = Report(SourceKey(request.source, request.incarnation), request.sequence, totals)
-        news = self._ledgers[kind].take(report)
-        if news is not None:
-            self._store.save_report(kind, report)
-        return news
+        """Takes a server's totals. Raises InvalidRequestError for impossible ones."""
+        self._accounts.take_executions(request)
 
     def load(self) -> pb.GetClusterLoadResponse:
-        """Every count so far."""
-        caller = self._ledgers[CALLER_GATED].totals()
-        layers = []
-        for layer, counts in sorted(self._ledgers[ASSIGNMENTS].totals().items()):
-            both = counts + caller.get(layer, np.zeros_like(counts))
-            layers.append(
-                router_pb2.LayerLoad(
-                    layer=layer,
-                    counts=counts.tolist(),
-                    caller_gated_counts=caller[layer].tolist() if layer in caller else [],
-                    max_violation=max_violation(both),
-                    top_k=self._top_k.get(layer, 0),
-                )
-            )
-        executions = [
-            pb.LayerExecutions(layer=layer, counts=counts.tolist())
-            for layer, counts in sorted(self._ledgers[EXECUTIONS].totals().items())
-        ]
+        """Every count so far, and how each layer is balanced."""
         return pb.GetClusterLoadResponse(
-            layers=layers,
-            executions=executions,
+            layers=self._accounts.layer_loads(),
+            executions=self._accounts.layer_executions(),
             bias_version=self.bias_version,
             epoch=self.epoch,
+            balance=messages.layer_balances(self.balancer),
+            routers=[
+                pb.RouterState(
+                    router_id=router_id,
+                    endpoint=router.endpoint,
+                    bias_version=router.bias_version,
+                    epoch=router.epoch,
+                )
+                for router_id, router in sorted(self._routers.items())
+            ],
+            beat=self._beat,
+            balance_mode=self.balancer.mode,
         )
 
     # Biases.
 
-    def close_windows(self, now: float) -> None:
-        """Closes what is due, and publishes when a delta moved."""
-        if self._balancer.close_due(now):
+    def close_windows(self, now: float, cut: bool = False) -> None:
+        """Closes what is due, and publishes when a delta moved, or has been `cut` already."""
+        if self.balancer.close_due(now) or cut:
             self._publish_bias()
 
-    def set_mode(self, mode: str) -> int:
-        """Changes the balance mode and publishes it. The version that carries it."""
-        if mode not in ("frozen", "adaptive", "off"):
+    def beat(self, now: float) -> None:
+        """The loop is alive: tells every router so."""
+        closed_at = self.balancer.closed_at
+        self.beats += 1
+        self._beat = pb.BalanceBeat(
+            number=self.beats,
+            closed_windows=self.balancer.closed_windows,
+            window_age_s=-1.0 if closed_at is None else now - closed_at,
+        )
+        self._on_change()
+
+    def last_beat(self) -> pb.BalanceBeat:
+        """What the loop last said."""
+        return self._beat
+
+    def set_mode(self, mode: str, reset: bool = False) -> int:
+        """Changes the mode ("": not), takes deltas back, publishes. The version that says so."""
+        mode = mode or self.balancer.mode
+        if mode not in get_args(BalanceMode):
             raise InvalidRequestError(
                 f"balance mode is {mode!r}, expected frozen, adaptive or off", field="mode"
             )
-        self._balancer.set_mode(mode)
+        self.balancer.set_mode(mode, reset)
         self._publish_bias()
+        _log.info("balance mode %s, bias version %d", mode, self.bias_version)
         return self.bias_version
 
     def _publish_bias(self) -> None:
         self.bias_version += 1
-        self._store.save_bias(self.bias_version, self._balancer.mode, self._balancer.deltas)
+        self._store.save_bias(self.bias_version, self.balancer.mode, self.balancer.progress())
         self._on_change()
 
     def bias(self) -> pb.BiasUpdate:
         """What is added to the trained biases."""
         return pb.BiasUpdate(
             version=self.bias_version,
-            mode=self._balancer.mode,
+            mode=self.balancer.mode,
             layers=[
-                pb.LayerBias(layer=layer, delta=delta.tolist())
-                for layer, delta in sorted(self._balancer.deltas.items())
-                if bool(torch.count_nonzero(delta))
+                pb.LayerBias(layer=layer, delta=state.delta.tolist())
+                for layer, state in sorted(self.balancer.layers.items())
+                if bool(torch.count_nonzero(state.delta))
             ],
         )

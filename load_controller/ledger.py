@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from expertmesh.errors import InvalidRequestError
 
 Counts = npt.NDArray[np.int64]
 
@@ -32,7 +34,8 @@ class Ledger:
     """The sum of all sources' totals.
 
     A report replaces its source's earlier one; an older or repeated report (by sequence) is
-    dropped. What a source had reported before it died stays counted.
+    dropped. What a source had reported before it died stays counted. A layer that a report leaves
+    out is as it was.
     """
 
     def __init__(self) -> None:
@@ -44,14 +47,36 @@ class Ledger:
         before = self._reports.get(report.key)
         if before is not None and report.sequence <= before.sequence:
             return None
-        self._reports[report.key] = report
-        news = {}
-        for layer, total in report.totals.items():
-            old = before.totals.get(layer) if before is not None else None
-            news[layer] = total if old is None else total - old
+        told = before.totals if before is not None else {}
+        news = {
+            layer: self._new(report.key, layer, total, told.get(layer))
+            for layer, total in report.totals.items()
+        }
+        # Only now, with every layer checked: a refused report changes nothing.
+        self._reports[report.key] = replace(report, totals={**told, **report.totals})
+        for layer in news:
             known = self._totals.get(layer)
             self._totals[layer] = news[layer].copy() if known is None else known + news[layer]
         return news
+
+    def _new(self, key: SourceKey, layer: int, total: Counts, told: Counts | None) -> Counts:
+        """What a source's total adds to what it had told. Raises InvalidRequestError."""
+        known = self._totals.get(layer)
+        if known is not None and len(known) != len(total):
+            raise InvalidRequestError(
+                f"{key.source} reports {len(total)} numbers for layer {layer}, where others "
+                f"report {len(known)}: every source must serve the same model",
+                field="layers",
+            )
+        new = total if told is None else total - told
+        if (new < 0).any():
+            least = int(new.argmin())
+            raise InvalidRequestError(
+                f"{key.source} reports {int(total[least])} in layer {layer}, "
+                f"{-int(new[least])} less than before: totals of one incarnation only grow",
+                field="layers",
+            )
+        return new
 
     def totals(self) -> dict[int, Counts]:
         """Counts by layer, over every source that ever reported."""

@@ -8,7 +8,22 @@ Bias and counts may carry leading dimensions, `[..., E]`; every row is a layer o
 comes out is fp32, because a bf16 bias re-orders experts whose scores are close.
 """
 
+import math
+from collections.abc import Callable
+from typing import Literal
+
 import torch
+
+Policy = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+def frozen(delta_E: torch.Tensor, counts_E: torch.Tensor, update_rate: float) -> torch.Tensor:
+    """Return zeros: the checkpoint's own routing, whatever the counts.
+
+    "off" is the same rule; it differs in that nobody closes windows for it.
+    """
+    _error(delta_E, counts_E, update_rate)
+    return torch.zeros_like(delta_E, dtype=torch.float32)
 
 
 def sign(bias_E: torch.Tensor, counts_E: torch.Tensor, update_rate: float) -> torch.Tensor:
@@ -32,6 +47,55 @@ def proportional(bias_E: torch.Tensor, counts_E: torch.Tensor, update_rate: floa
     mean = _mean(counts_E)
     relative_E = torch.where(mean > 0, error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
     return bias_E.float() + update_rate * relative_E.float()
+
+
+#: Every rule by its name in BalanceConfig.policy, or in .mode where that is not "adaptive".
+POLICIES: dict[str, Policy] = {
+    "sign": sign,
+    "proportional": proportional,
+    "frozen": frozen,
+    "off": frozen,
+}
+
+
+def next_delta(
+    delta_E: torch.Tensor,
+    counts_E: torch.Tensor,
+    *,
+    policy: str,
+    update_rate: float,
+    decay: float = 0.0,
+    max_delta: float | None = None,
+) -> torch.Tensor:
+    """Return the serving delta after one closed window: decayed, moved by `policy`, clamped.
+
+    The trained bias is not here: whoever serves adds the delta to it.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}, expected a number in [0, 1)")
+    moved_E = POLICIES[policy](delta_E.float() * (1.0 - decay), counts_E, update_rate)
+    return moved_E if max_delta is None else clamp_delta(moved_E, max_delta)
+
+
+def scheduled_rate(
+    schedule: Literal["constant", "inverse", "cosine"],
+    update_rate: float,
+    window: int,
+    *,
+    over: int,
+    floor: float,
+) -> float:
+    """Return u for the window of that number (the first is 0).
+
+    "constant": u. "inverse": u / (1 + n / over). "cosine": half a cosine from u to the floor in
+    `over` windows, and the floor from then on. Neither goes below `floor`.
+    """
+    if schedule == "constant":
+        return update_rate
+    if schedule == "inverse":
+        return max(floor, update_rate / (1.0 + window / over))
+    part = min(window / over, 1.0)
+    return floor + (update_rate - floor) * 0.5 * (1.0 + math.cos(math.pi * part))
 
 
 def clamp_delta(delta_E: torch.Tensor, max_delta: float) -> torch.Tensor:

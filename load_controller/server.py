@@ -18,6 +18,7 @@ from load_controller.store import Store
 
 _log = logging.getLogger(__name__)
 _TICK_S = 0.1  # how late a window may close for want of a report
+_BEAT_S = 1.0  # between two signs of life; routers give the loop up after three
 
 
 class ControllerServer:
@@ -61,11 +62,15 @@ class ControllerServer:
         _log.info("load controller at %s", self.address)
 
     async def _tick(self) -> None:
+        beat_at = 0.0
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
             self.controller.close_windows(now)
             self.controller.mark_lost(now)
+            if now >= beat_at:
+                self.controller.beat(now)
+                beat_at = now + _BEAT_S
 
     async def stop(self) -> None:
         """Closes the port and the file."""

@@ -82,11 +82,11 @@ class ControlServicer:
             controller.check_peer(
                 f"router {request.router_id}", request.protocol_version, request.checkpoint_digest
             )
+            controller.add_router(request)
         except MeshError as error:
             await context.abort_with_status(status.to_status(error))
-        controller.add_router(request.router_id, request.incarnation, request.endpoint)
         try:
-            sent = (-1, -1, -1)
+            sent = (-1, -1, -1, -1)
             while not self._changes.closing:
                 message, now = self._news(sent)
                 changed = self._changes.next()
@@ -99,11 +99,16 @@ class ControlServicer:
             controller.remove_router(request.router_id, request.incarnation)
 
     def _news(
-        self, sent: tuple[int, int, int]
-    ) -> tuple[pb.WatchClusterResponse, tuple[int, int, int]]:
+        self, sent: tuple[int, int, int, int]
+    ) -> tuple[pb.WatchClusterResponse, tuple[int, int, int, int]]:
         """The parts that are newer than what was sent, and their versions."""
         controller = self._controller
-        now = (controller.directory_version, controller.epoch, controller.bias_version)
+        now = (
+            controller.directory_version,
+            controller.epoch,
+            controller.bias_version,
+            controller.beats,
+        )
         message = pb.WatchClusterResponse()
         if now[1] != sent[1]:
             message.placement.CopyFrom(controller.placement())
@@ -111,6 +116,8 @@ class ControlServicer:
             message.bias.CopyFrom(controller.bias())
         if now[0] != sent[0]:
             message.directory.CopyFrom(controller.directory())
+        if now[3] != sent[3] and now[3]:
+            message.beat.CopyFrom(controller.last_beat())
         return message, now
 
     async def report_assignments(
@@ -137,4 +144,5 @@ class ControlServicer:
         self, request: pb.SetBalanceModeRequest, deadline: Deadline
     ) -> pb.SetBalanceModeResponse:
         """See control.proto."""
-        return pb.SetBalanceModeResponse(bias_version=self._controller.set_mode(request.mode))
+        version = self._controller.set_mode(request.mode, request.reset)
+        return pb.SetBalanceModeResponse(bias_version=version)

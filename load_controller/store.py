@@ -1,17 +1,21 @@
 """What the load controller must not forget, in one SQLite file.
 
-Everything is written before it is told to anyone, in one transaction each, so that after a crash
-at any instant the controller knows at least what it had published.
+Everything is written before it is told to anyone, and what belongs together in one transaction, so
+that after a crash at any instant the controller knows exactly what it had published, or the next
+state: a report with the windows that it closed, never one without the other.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from load_controller.balancer import Progress
 from load_controller.ledger import Report, SourceKey
 
 _SCHEMA = """
@@ -20,7 +24,9 @@ CREATE TABLE IF NOT EXISTS reports (
   kind TEXT, source TEXT, incarnation TEXT, sequence INTEGER NOT NULL, layer INTEGER, counts BLOB,
   PRIMARY KEY (kind, source, incarnation, layer)
 );
-CREATE TABLE IF NOT EXISTS bias (layer INTEGER PRIMARY KEY, delta BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS deltas (
+  layer INTEGER PRIMARY KEY, windows INTEGER NOT NULL, delta BLOB NOT NULL
+);
 CREATE TABLE IF NOT EXISTS servers (
   server_id TEXT PRIMARY KEY, started_at_ns INTEGER NOT NULL, announcement BLOB NOT NULL
 );
@@ -49,7 +55,7 @@ class Store:
 
     def save_report(self, kind: str, report: Report) -> None:
         """Replaces what the source had reported."""
-        with self._transaction():
+        with self.transaction():
             self._db.executemany(
                 "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?, ?, ?)",
                 [
@@ -72,30 +78,33 @@ class Store:
             grouped[key] = (max(last, sequence), totals)
         return [Report(key, last, totals) for key, (last, totals) in grouped.items()]
 
-    def save_bias(self, version: int, mode: str, deltas: dict[int, torch.Tensor]) -> None:
+    def save_bias(self, version: int, mode: str, progress: Mapping[int, Progress]) -> None:
         """Replaces the published bias: version, mode and every layer's delta."""
-        with self._transaction():
+        with self.transaction():
             self.set_meta("bias_version", str(version))
             self.set_meta("balance_mode", mode)
-            self._db.execute("DELETE FROM bias")
+            self._db.execute("DELETE FROM deltas")
             self._db.executemany(
-                "INSERT INTO bias VALUES (?, ?)",
-                [(layer, delta.numpy().tobytes()) for layer, delta in deltas.items()],
+                "INSERT INTO deltas VALUES (?, ?, ?)",
+                [
+                    (layer, each.windows, each.delta.numpy().tobytes())
+                    for layer, each in progress.items()
+                ],
             )
 
-    def deltas(self) -> dict[int, torch.Tensor]:
-        """Every layer's published delta, [E] float32."""
-        rows = self._db.execute("SELECT layer, delta FROM bias")
+    def progress(self) -> dict[int, Progress]:
+        """Every layer's published delta."""
+        rows = self._db.execute("SELECT layer, windows, delta FROM deltas")
         return {
-            layer: torch.from_numpy(np.frombuffer(delta, np.float32).copy())
-            for layer, delta in rows
+            layer: Progress(torch.from_numpy(np.frombuffer(delta, np.float32).copy()), windows)
+            for layer, windows, delta in rows
         }
 
     def save_server(
         self, server_id: str, started_at_ns: int, announcement: bytes, versions: tuple[int, int]
     ) -> None:
         """Replaces a server's announcement, with the directory version and epoch it led to."""
-        with self._transaction():
+        with self.transaction():
             self._db.execute(
                 "INSERT OR REPLACE INTO servers VALUES (?, ?, ?)",
                 (server_id, started_at_ns, announcement),
@@ -112,18 +121,16 @@ class Store:
         """Closes the file."""
         self._db.close()
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._db)
-
-
-class _Transaction:
-    """BEGIN on entry, COMMIT on a clean exit, else ROLLBACK."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written within it, or nothing. One within another is part of the outer."""
+        if self._db.in_transaction:
+            yield
+            return
         self._db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")

@@ -18,9 +18,12 @@ from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.v1 import control_pb2, control_pb2_grpc
 from router_service.router import Router
+from router_service.snapshot import Model
 
 _log = logging.getLogger(__name__)
+_NEVER = (-1, -1, -1)
 _REPORT_TIMEOUT_S = 5.0
+_ALIVE_S = 3.0  # the controller's loop beats every second: three in a row are missing
 _RECONNECT_PAUSE_S = 0.2  # a controller restarts in seconds; asking five times a second is cheap
 
 
@@ -31,21 +34,41 @@ class ControllerLink:
     next report says all that was missed.
     """
 
-    def __init__(self, router: Router, router_id: str, controller: str, report_every_s: float):
+    def __init__(
+        self,
+        router: Router,
+        router_id: str,
+        controller: str,
+        report_every_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.endpoint = ""
         self.controller = controller
         self.routers: list[str] = []
         self.connected = False
         self.refused: MismatchError | None = None
+        self.beat = control_pb2.BalanceBeat(window_age_s=-1.0)
+        self._beat_at: float | None = None
+        self._clock = clock
         self._router = router
         self._router_id = router_id
         self._incarnation = uuid.uuid4().hex
         self._report_every_s = report_every_s
         self._sequence = 0
-        self._reported = (-1, -1, -1)
+        self._reported = _NEVER
         self._reporting = asyncio.Lock()
         self._channel = open_channel(controller)
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    @property
+    def controller_age_s(self) -> float:
+        """Seconds since the controller's loop was last heard; negative: never."""
+        return -1.0 if self._beat_at is None else self._clock() - self._beat_at
+
+    @property
+    def balance_alive(self) -> bool:
+        """Whether that loop, which moves biases, has been heard lately."""
+        return 0 <= self.controller_age_s <= _ALIVE_S
 
     async def watch(self, on_change: Callable[[], None]) -> None:
         """Follows the cluster's state until cancelled. Ends when the controller refuses us."""
@@ -56,9 +79,12 @@ class ControllerLink:
                 endpoint=self.endpoint,
                 protocol_version=PROTOCOL_VERSION,
                 checkpoint_digest=self._router.model.digest,
+                gates=_gates(self._router.model),
             )
             try:
                 async for message in self._stub.WatchCluster(request):
+                    if not self.connected:
+                        self._reported = _NEVER  # it may be another controller than the last one
                     self.connected = True
                     self._apply(message)
                     on_change()
@@ -78,10 +104,15 @@ class ControllerLink:
         if message.HasField("placement"):
             router.snapshot = router.snapshot.with_placement(message.placement, router.model.spec)
         if message.HasField("bias"):
-            router.snapshot = router.snapshot.with_bias(message.bias, router.model.gates)
+            before = router.snapshot
+            router.snapshot = before.with_bias(message.bias, router.model.gates)
+            if router.snapshot.mode != before.mode:
+                router.meter.restart()
         if message.HasField("directory"):
             self.routers = list(message.directory.routers)
             router.pool.update(message.directory.servers)
+        if message.HasField("beat"):
+            self.beat, self._beat_at = message.beat, self._clock()
 
     async def report_all(self) -> None:
         """Reports counts a few times a second, as long as they change."""
@@ -106,6 +137,7 @@ class ControllerLink:
                 sequence=self._sequence,
                 bias_version=bias_version,
                 epoch=epoch,
+                samples=await self._router.samples(),
             )
             self._router.counts.report(report)
             await self._call(self._stub.ReportAssignments, report, deadline)
@@ -137,3 +169,20 @@ class ControllerLink:
     async def close(self) -> None:
         """Closes the channel; `watch` and `report_all` must have ended."""
         await self._channel.close()
+
+
+def _gates(model: Model) -> list[control_pb2.LayerGate]:
+    """How each MoE layer chooses, for the controller."""
+    return [
+        control_pb2.LayerGate(
+            layer=layer.index,
+            score=layer.gate.score,
+            top_k=layer.gate.top_k,
+            n_group=layer.gate.n_group,
+            topk_group=layer.gate.topk_group,
+            group_score=layer.gate.group_score,
+            trained_bias=model.gates[layer.index].bias.tolist(),
+        )
+        for layer in model.spec.layers
+        if layer.gate is not None
+    ]

@@ -16,6 +16,7 @@ class AssignmentCounts:
         moe = [layer for layer in spec.layers if layer.num_experts]
         self._gated = {layer.index: np.zeros(layer.num_experts, np.int64) for layer in moe}
         self._caller = {layer.index: np.zeros(layer.num_experts, np.int64) for layer in moe}
+        self._repeats = {layer.index: 0 for layer in moe}
         self._top_k = {layer.index: layer.top_k for layer in moe}
         self.version = 0
         self.answered_requests = 0
@@ -30,6 +31,7 @@ class AssignmentCounts:
         self.retried_pairs += retried
         table = (self._caller if caller_gated else self._gated).get(layer)
         if table is not None:
+            self._repeats[layer] += retried
             # Shifted by one, so that -1 falls into a bin of its own.
             table += np.bincount(expert_ids.ravel() + 1, minlength=len(table) + 1)[1:]
 
@@ -37,12 +39,13 @@ class AssignmentCounts:
         """Writes the totals into a report."""
         for index, counts in self._gated.items():
             caller = self._caller[index]
-            if counts.any() or caller.any():
+            if counts.any() or caller.any() or self._repeats[index]:
                 report.layers.append(
                     router_pb2.LayerLoad(
                         layer=index,
                         counts=counts.tolist(),
                         caller_gated_counts=caller.tolist(),
                         top_k=self._top_k[index],
+                        repeated_pairs=self._repeats[index],
                     )
                 )

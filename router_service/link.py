@@ -40,6 +40,7 @@ class ServerLink:
     ) -> None:
         self.announced = announced
         self.error = ""
+        self.answered_rows = 0
         self._digest = digest
         self._config = config
         self._on_change = on_change
@@ -89,7 +90,8 @@ class ServerLink:
         return self._stream.begin(request, deadline)
 
     def learn(self, rows: int, took_s: float) -> None:
-        """Notes how long the server took for an answer."""
+        """Notes an answer, and how long the server took for it."""
+        self.answered_rows += rows
         bucket = rows.bit_length()
         usual = self._usual_s.get(bucket, took_s)
         self._usual_s[bucket] = usual + 0.2 * (took_s - usual)

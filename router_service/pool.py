@@ -103,6 +103,8 @@ class ExpertPool:
             entry.CopyFrom(link.announced)
             entry.connected = link.connected
             entry.error = entry.error or link.error
+            entry.requests_in_flight = link.in_flight
+            entry.answered_rows = link.answered_rows
             listed.append(entry)
         return listed
 

@@ -17,10 +17,12 @@ from expertmesh.model import LayerSpec
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.tasks import TaskSet
+from expertmesh.v1 import control_pb2
 from router_service import routing, validate
 from router_service.batch import Answer, LayerQueue, Member, split
 from router_service.counts import AssignmentCounts
 from router_service.fanout import FanOut
+from router_service.meter import DivergenceMeter
 from router_service.pool import ExpertPool
 from router_service.snapshot import EpochsInUse, Model, Snapshot
 
@@ -32,6 +34,7 @@ class Router:
         self.model = model
         self.pool = pool
         self.counts = AssignmentCounts(model.spec)
+        self.meter = DivergenceMeter(model, config)
         self.snapshot = Snapshot(SlotMap.of(0, model.spec, {}))
         self._config = config
         self._queues: dict[tuple[int, torch.dtype, bool], LayerQueue] = {}
@@ -98,7 +101,10 @@ class Router:
         rows = sum(member.rows for member in members)
         gate = self.model.gates.get(layer.index)
         bias = snapshot.biases.get(layer.index, gate.bias if gate is not None else None)
-        batch = await self._math(rows, routing.route_batch, requests, layer, gate, bias)
+        sampled = self.meter.rows(layer.index, rows if snapshot.mode == "adaptive" else 0)
+        batch = await self._math(rows, routing.route_batch, requests, layer, gate, bias, sampled)
+        if batch.sample is not None:
+            self.meter.take(layer.index, batch.sample)
         result = await self._fanout.run(batch, layer.index, snapshot, deadline)
         hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions)
         routed = batch.routed_columns
@@ -117,6 +123,14 @@ class Router:
             return function(*arguments)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, function, *arguments)
+
+    async def samples(self) -> list[control_pb2.LayerSample]:
+        """What was sampled since the last time, measured, for a report."""
+        drained = self.meter.drain()
+        if not drained:
+            return []
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._worker, self.meter.measure, drained)
 
     def oldest_epoch(self) -> int:
         """The oldest placement that a batch in flight uses; the newest when none is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,15 @@ import torch
 from expertmesh import gating
 from expertmesh.codec.messages import ForwardRequest
 from expertmesh.model import GateWeights, LayerSpec
+
+_NO_ROWS: npt.NDArray[np.int64] = np.empty(0, np.int64)
+
+
+class Sample(NamedTuple):
+    """A few rows of a batch: what they scored, and where they were sent."""
+
+    scores: torch.Tensor  # [n, E] float32, before any bias
+    expert_ids: torch.Tensor  # [n, K] int32
 
 
 @dataclass(slots=True)
@@ -25,6 +35,7 @@ class RoutedBatch:
     expert_ids: npt.NDArray[np.int32]  # [T, K], -1 for none
     weights: npt.NDArray[np.float32]  # [T, K]
     routed_columns: int
+    sample: Sample | None = None  # of the rows asked for that were gated here
 
 
 def route_batch(
@@ -32,24 +43,53 @@ def route_batch(
     layer: LayerSpec,
     gate: GateWeights | None,
     bias: torch.Tensor | None,
+    sampled: npt.NDArray[np.int64] = _NO_ROWS,
 ) -> RoutedBatch:
     """Merges requests for one layer, in one dtype, and gates those whose caller has not.
 
-    `bias` [E] float32 is the whole serving bias; it selects and never weighs.
+    `bias` [E] float32 is the whole serving bias; it selects and never weighs. `sampled` are rows
+    of the batch to be sampled.
     """
     states = [request.hidden_states for request in requests]
     hidden = states[0] if len(states) == 1 else torch.cat(states)
     columns = _routed_columns(requests, layer)
+    samples: list[Sample] = []
     if gate is not None and all(request.expert_ids is None for request in requests):
-        routing = gating.route(hidden, gate, layer.gate, bias)  # type: ignore[arg-type]
+        routing = _gate(hidden, layer, gate, bias, sampled, samples)
         ids, weights = routing.expert_ids.numpy(), routing.weights.numpy()
     else:
-        ids, weights = _mixed(requests, layer, gate, bias, len(hidden), columns)
+        shape = (len(hidden), columns)
+        ids, weights = _mixed(requests, layer, gate, bias, shape, sampled, samples)
     if layer.has_shared:
         shared_ids, shared_weights = _shared(requests, layer, gate, hidden)
         ids = np.concatenate((ids, shared_ids), 1)
         weights = np.concatenate((weights, shared_weights), 1)
-    return RoutedBatch(hidden, ids, weights, columns)
+    return RoutedBatch(hidden, ids, weights, columns, _joined(samples))
+
+
+def _gate(
+    hidden: torch.Tensor,
+    layer: LayerSpec,
+    gate: GateWeights,
+    bias: torch.Tensor | None,
+    sampled: npt.NDArray[np.int64],
+    samples: list[Sample],
+) -> gating.Routing:
+    """Gates rows, and adds those of them that are `sampled` to `samples`."""
+    spec = layer.gate
+    assert spec is not None, "a layer with gate weights has a gate"
+    logits = gating.logits(hidden, gate, spec)
+    routing = gating.select(logits, spec, bias)
+    if len(sampled):
+        rows = torch.from_numpy(sampled)
+        samples.append(Sample(gating.scores(logits[rows], spec), routing.expert_ids[rows]))
+    return routing
+
+
+def _joined(samples: list[Sample]) -> Sample | None:
+    if len(samples) < 2:
+        return samples[0] if samples else None
+    return Sample(*(torch.cat(parts) for parts in zip(*samples, strict=True)))
 
 
 def _routed_columns(requests: Sequence[ForwardRequest], layer: LayerSpec) -> int:
@@ -64,12 +104,13 @@ def _mixed(
     layer: LayerSpec,
     gate: GateWeights | None,
     bias: torch.Tensor | None,
-    rows: int,
-    columns: int,
+    shape: tuple[int, int],
+    sampled: npt.NDArray[np.int64],
+    samples: list[Sample],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Ids and weights of requests that differ in who gates or in k; short rows end in -1."""
-    ids = np.full((rows, columns), -1, np.int32)
-    weights = np.zeros((rows, columns), np.float32)
+    ids = np.full(shape, -1, np.int32)
+    weights = np.zeros(shape, np.float32)
     start = 0
     for request in requests:
         stop = start + len(request.hidden_states)
@@ -78,7 +119,8 @@ def _mixed(
             ids[start:stop, :k] = request.expert_ids.numpy()
             weights[start:stop, :k] = request.expert_weights.numpy()
         elif gate is not None and layer.gate is not None:
-            routing = gating.route(request.hidden_states, gate, layer.gate, bias)
+            own = sampled[(sampled >= start) & (sampled < stop)] - start
+            routing = _gate(request.hidden_states, layer, gate, bias, own, samples)
             ids[start:stop, : layer.top_k] = routing.expert_ids.numpy()
             weights[start:stop, : layer.top_k] = routing.weights.numpy()
         start = stop

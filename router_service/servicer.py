@@ -69,7 +69,10 @@ class RouterServicer:
         """See router.proto."""
         load = await self._controller.cluster_load(deadline)
         return pb.GetLoadResponse(
-            layers=load.layers, bias_version=load.bias_version, epoch=load.epoch
+            layers=load.layers,
+            bias_version=load.bias_version,
+            epoch=load.epoch,
+            balance=load.balance,
         )
 
     async def get_status(
@@ -92,4 +95,8 @@ class RouterServicer:
             balance_mode=snapshot.mode,
             answered_requests=router.counts.answered_requests,
             retried_pairs=router.counts.retried_pairs,
+            controller_age_s=self._controller.controller_age_s,
+            balance_alive=self._controller.balance_alive,
+            window_age_s=self._controller.beat.window_age_s,
+            divergence=router.meter.share(),
         )

@@ -56,7 +56,9 @@ class LocalMesh:
     ) -> ExpertServer:
         """One more expert server, not waited for."""
         server = loop.run(
-            _start_server(path or self.path, self.controller, name, part, parts, **options)
+            start_server_at(
+                path or self.path, self.controller.address, name, part, parts, **options
+            )
         )
         self.extra.append(server)
         return server
@@ -76,14 +78,10 @@ def wait_until(condition, timeout_s: float, what: str) -> None:  # type: ignore[
         time.sleep(0.01)
 
 
-async def _start_server(
-    path: Path,
-    controller: ControllerServer | None,
-    name: str,
-    part: int,
-    parts: int,
-    **options: object,
+async def start_server_at(
+    path: Path, controller: str, name: str, part: int, parts: int, **options: object
 ) -> ExpertServer:
+    """An expert server that announces itself to the controller at that address, or to nobody."""
     checkpoint = Checkpoint.open(path)
     server = ExpertServer(
         checkpoint,
@@ -91,7 +89,7 @@ async def _start_server(
         Placing(
             server_id=name,
             host="127.0.0.1",
-            controller=controller.address if controller is not None else "",
+            controller=controller,
         ),
         **{"rpc": LOCAL, **options},  # type: ignore[arg-type]
     )
@@ -112,7 +110,9 @@ async def _start(
     controller = ControllerServer(state, host="127.0.0.1", balance=balance, rpc=LOCAL)
     await controller.start()
     servers = [
-        await _start_server(path, controller, f"s{part}r{replica}", part, shards, **options)
+        await start_server_at(
+            path, controller.address, f"s{part}r{replica}", part, shards, **options
+        )
         for part in range(shards)
         for replica in range(replicas)
     ]

@@ -24,51 +24,60 @@ _sym_db = _symbol_database.Default()
 
 from expertmesh.v1 import expert_pb2 as expertmesh_dot_v1_dot_expert__pb2
 from expertmesh.v1 import router_pb2 as expertmesh_dot_v1_dot_router__pb2
+from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/expert.proto\x1a\x1a\x65xpertmesh/v1/router.proto\"\xbb\x01\n\x15\x41nnounceServerRequest\x12+\n\x06server\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ServerStatus\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\t\x12\x15\n\rstarted_at_ns\x18\x04 \x01(\x03\x12)\n\x06layers\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\".\n\x16\x41nnounceServerResponse\x12\x14\n\x0coldest_epoch\x18\x01 \x01(\x04\"\x84\x01\n\x13WatchClusterRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x05 \x01(\t\"\x99\x01\n\x14WatchClusterResponse\x12+\n\tdirectory\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.Directory\x12+\n\tplacement\x18\x02 \x01(\x0b\x32\x18.expertmesh.v1.Placement\x12\'\n\x04\x62ias\x18\x03 \x01(\x0b\x32\x19.expertmesh.v1.BiasUpdate\"[\n\tDirectory\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12,\n\x07servers\x18\x02 \x03(\x0b\x32\x1b.expertmesh.v1.ServerStatus\x12\x0f\n\x07routers\x18\x03 \x03(\t\"G\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12+\n\x07servers\x18\x02 \x03(\x0b\x32\x1a.expertmesh.v1.ServerSlots\"K\n\x0bServerSlots\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12)\n\x06layers\x18\x02 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\"U\n\nBiasUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12(\n\x06layers\x18\x03 \x03(\x0b\x32\x18.expertmesh.v1.LayerBias\")\n\tLayerBias\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\r\n\x05\x64\x65lta\x18\x02 \x03(\x02\"\xa0\x01\n\x18ReportAssignmentsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12(\n\x06layers\x18\x04 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\x12\x14\n\x0c\x62ias_version\x18\x05 \x01(\x04\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\"\x1b\n\x19ReportAssignmentsResponse\"\x80\x01\n\x17ReportExecutionsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12.\n\x06layers\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.LayerExecutions\"0\n\x0fLayerExecutions\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\"\x1a\n\x18ReportExecutionsResponse\"\x17\n\x15GetClusterLoadRequest\"\x9b\x01\n\x16GetClusterLoadResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\x12\x32\n\nexecutions\x18\x02 \x03(\x0b\x32\x1e.expertmesh.v1.LayerExecutions\x12\x14\n\x0c\x62ias_version\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"%\n\x15SetBalanceModeRequest\x12\x0c\n\x04mode\x18\x01 \x01(\t\".\n\x16SetBalanceModeResponse\x12\x14\n\x0c\x62ias_version\x18\x01 \x01(\x04\x32\xd5\x04\n\x0e\x43ontrolService\x12]\n\x0e\x41nnounceServer\x12$.expertmesh.v1.AnnounceServerRequest\x1a%.expertmesh.v1.AnnounceServerResponse\x12Y\n\x0cWatchCluster\x12\".expertmesh.v1.WatchClusterRequest\x1a#.expertmesh.v1.WatchClusterResponse0\x01\x12\x66\n\x11ReportAssignments\x12\'.expertmesh.v1.ReportAssignmentsRequest\x1a(.expertmesh.v1.ReportAssignmentsResponse\x12\x63\n\x10ReportExecutions\x12&.expertmesh.v1.ReportExecutionsRequest\x1a\'.expertmesh.v1.ReportExecutionsResponse\x12]\n\x0eGetClusterLoad\x12$.expertmesh.v1.GetClusterLoadRequest\x1a%.expertmesh.v1.GetClusterLoadResponse\x12]\n\x0eSetBalanceMode\x12$.expertmesh.v1.SetBalanceModeRequest\x1a%.expertmesh.v1.SetBalanceModeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xpertmesh/v1/control.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/expert.proto\x1a\x1a\x65xpertmesh/v1/router.proto\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\xbb\x01\n\x15\x41nnounceServerRequest\x12+\n\x06server\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ServerStatus\x12\x18\n\x10protocol_version\x18\x02 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x03 \x01(\t\x12\x15\n\rstarted_at_ns\x18\x04 \x01(\x03\x12)\n\x06layers\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\".\n\x16\x41nnounceServerResponse\x12\x14\n\x0coldest_epoch\x18\x01 \x01(\x04\"\xad\x01\n\x13WatchClusterRequest\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x05 \x01(\t\x12\'\n\x05gates\x18\x06 \x03(\x0b\x32\x18.expertmesh.v1.LayerGate\"\x88\x01\n\tLayerGate\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\r\n\x05score\x18\x02 \x01(\t\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x0f\n\x07n_group\x18\x04 \x01(\x05\x12\x12\n\ntopk_group\x18\x05 \x01(\x05\x12\x13\n\x0bgroup_score\x18\x06 \x01(\t\x12\x14\n\x0ctrained_bias\x18\x07 \x03(\x02\"\xc3\x01\n\x14WatchClusterResponse\x12+\n\tdirectory\x18\x01 \x01(\x0b\x32\x18.expertmesh.v1.Directory\x12+\n\tplacement\x18\x02 \x01(\x0b\x32\x18.expertmesh.v1.Placement\x12\'\n\x04\x62ias\x18\x03 \x01(\x0b\x32\x19.expertmesh.v1.BiasUpdate\x12(\n\x04\x62\x65\x61t\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.BalanceBeat\"K\n\x0b\x42\x61lanceBeat\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x16\n\x0e\x63losed_windows\x18\x02 \x01(\x03\x12\x14\n\x0cwindow_age_s\x18\x03 \x01(\x01\"[\n\tDirectory\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12,\n\x07servers\x18\x02 \x03(\x0b\x32\x1b.expertmesh.v1.ServerStatus\x12\x0f\n\x07routers\x18\x03 \x03(\t\"G\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12+\n\x07servers\x18\x02 \x03(\x0b\x32\x1a.expertmesh.v1.ServerSlots\"K\n\x0bServerSlots\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12)\n\x06layers\x18\x02 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\"U\n\nBiasUpdate\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12(\n\x06layers\x18\x03 \x03(\x0b\x32\x18.expertmesh.v1.LayerBias\")\n\tLayerBias\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\r\n\x05\x64\x65lta\x18\x02 \x03(\x02\"\xcd\x01\n\x18ReportAssignmentsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12(\n\x06layers\x18\x04 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\x12\x14\n\x0c\x62ias_version\x18\x05 \x01(\x04\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12+\n\x07samples\x18\x07 \x03(\x0b\x32\x1a.expertmesh.v1.LayerSample\"q\n\x0bLayerSample\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x15\n\rsampled_picks\x18\x02 \x01(\x03\x12\x15\n\rchanged_picks\x18\x03 \x01(\x03\x12%\n\x06scores\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\x1b\n\x19ReportAssignmentsResponse\"\x80\x01\n\x17ReportExecutionsRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12.\n\x06layers\x18\x04 \x03(\x0b\x32\x1e.expertmesh.v1.LayerExecutions\"0\n\x0fLayerExecutions\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\"\x1a\n\x18ReportExecutionsResponse\"\x17\n\x15GetClusterLoadRequest\"\xb6\x02\n\x16GetClusterLoadResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\x12\x32\n\nexecutions\x18\x02 \x03(\x0b\x32\x1e.expertmesh.v1.LayerExecutions\x12\x14\n\x0c\x62ias_version\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12,\n\x07\x62\x61lance\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.LayerBalance\x12+\n\x07routers\x18\x06 \x03(\x0b\x32\x1a.expertmesh.v1.RouterState\x12(\n\x04\x62\x65\x61t\x18\x07 \x01(\x0b\x32\x1a.expertmesh.v1.BalanceBeat\x12\x14\n\x0c\x62\x61lance_mode\x18\x08 \x01(\t\"W\n\x0bRouterState\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x14\n\x0c\x62ias_version\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"4\n\x15SetBalanceModeRequest\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\r\n\x05reset\x18\x02 \x01(\x08\".\n\x16SetBalanceModeResponse\x12\x14\n\x0c\x62ias_version\x18\x01 \x01(\x04\x32\xd5\x04\n\x0e\x43ontrolService\x12]\n\x0e\x41nnounceServer\x12$.expertmesh.v1.AnnounceServerRequest\x1a%.expertmesh.v1.AnnounceServerResponse\x12Y\n\x0cWatchCluster\x12\".expertmesh.v1.WatchClusterRequest\x1a#.expertmesh.v1.WatchClusterResponse0\x01\x12\x66\n\x11ReportAssignments\x12\'.expertmesh.v1.ReportAssignmentsRequest\x1a(.expertmesh.v1.ReportAssignmentsResponse\x12\x63\n\x10ReportExecutions\x12&.expertmesh.v1.ReportExecutionsRequest\x1a\'.expertmesh.v1.ReportExecutionsResponse\x12]\n\x0eGetClusterLoad\x12$.expertmesh.v1.GetClusterLoadRequest\x1a%.expertmesh.v1.GetClusterLoadResponse\x12]\n\x0eSetBalanceMode\x12$.expertmesh.v1.SetBalanceModeRequest\x1a%.expertmesh.v1.SetBalanceModeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ANNOUNCESERVERREQUEST']._serialized_start=103
-  _globals['_ANNOUNCESERVERREQUEST']._serialized_end=290
-  _globals['_ANNOUNCESERVERRESPONSE']._serialized_start=292
-  _globals['_ANNOUNCESERVERRESPONSE']._serialized_end=338
-  _globals['_WATCHCLUSTERREQUEST']._serialized_start=341
-  _globals['_WATCHCLUSTERREQUEST']._serialized_end=473
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=476
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=629
-  _globals['_DIRECTORY']._serialized_start=631
-  _globals['_DIRECTORY']._serialized_end=722
-  _globals['_PLACEMENT']._serialized_start=724
-  _globals['_PLACEMENT']._serialized_end=795
-  _globals['_SERVERSLOTS']._serialized_start=797
-  _globals['_SERVERSLOTS']._serialized_end=872
-  _globals['_BIASUPDATE']._serialized_start=874
-  _globals['_BIASUPDATE']._serialized_end=959
-  _globals['_LAYERBIAS']._serialized_start=961
-  _globals['_LAYERBIAS']._serialized_end=1002
-  _globals['_REPORTASSIGNMENTSREQUEST']._serialized_start=1005
-  _globals['_REPORTASSIGNMENTSREQUEST']._serialized_end=1165
-  _globals['_REPORTASSIGNMENTSRESPONSE']._serialized_start=1167
-  _globals['_REPORTASSIGNMENTSRESPONSE']._serialized_end=1194
-  _globals['_REPORTEXECUTIONSREQUEST']._serialized_start=1197
-  _globals['_REPORTEXECUTIONSREQUEST']._serialized_end=1325
-  _globals['_LAYEREXECUTIONS']._serialized_start=1327
-  _globals['_LAYEREXECUTIONS']._serialized_end=1375
-  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_start=1377
-  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_end=1403
-  _globals['_GETCLUSTERLOADREQUEST']._serialized_start=1405
-  _globals['_GETCLUSTERLOADREQUEST']._serialized_end=1428
-  _globals['_GETCLUSTERLOADRESPONSE']._serialized_start=1431
-  _globals['_GETCLUSTERLOADRESPONSE']._serialized_end=1586
-  _globals['_SETBALANCEMODEREQUEST']._serialized_start=1588
-  _globals['_SETBALANCEMODEREQUEST']._serialized_end=1625
-  _globals['_SETBALANCEMODERESPONSE']._serialized_start=1627
-  _globals['_SETBALANCEMODERESPONSE']._serialized_end=1673
-  _globals['_CONTROLSERVICE']._serialized_start=1676
-  _globals['_CONTROLSERVICE']._serialized_end=2273
+  _globals['_ANNOUNCESERVERREQUEST']._serialized_start=131
+  _globals['_ANNOUNCESERVERREQUEST']._serialized_end=318
+  _globals['_ANNOUNCESERVERRESPONSE']._serialized_start=320
+  _globals['_ANNOUNCESERVERRESPONSE']._serialized_end=366
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=369
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=542
+  _globals['_LAYERGATE']._serialized_start=545
+  _globals['_LAYERGATE']._serialized_end=681
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=684
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=879
+  _globals['_BALANCEBEAT']._serialized_start=881
+  _globals['_BALANCEBEAT']._serialized_end=956
+  _globals['_DIRECTORY']._serialized_start=958
+  _globals['_DIRECTORY']._serialized_end=1049
+  _globals['_PLACEMENT']._serialized_start=1051
+  _globals['_PLACEMENT']._serialized_end=1122
+  _globals['_SERVERSLOTS']._serialized_start=1124
+  _globals['_SERVERSLOTS']._serialized_end=1199
+  _globals['_BIASUPDATE']._serialized_start=1201
+  _globals['_BIASUPDATE']._serialized_end=1286
+  _globals['_LAYERBIAS']._serialized_start=1288
+  _globals['_LAYERBIAS']._serialized_end=1329
+  _globals['_REPORTASSIGNMENTSREQUEST']._serialized_start=1332
+  _globals['_REPORTASSIGNMENTSREQUEST']._serialized_end=1537
+  _globals['_LAYERSAMPLE']._serialized_start=1539
+  _globals['_LAYERSAMPLE']._serialized_end=1652
+  _globals['_REPORTASSIGNMENTSRESPONSE']._serialized_start=1654
+  _globals['_REPORTASSIGNMENTSRESPONSE']._serialized_end=1681
+  _globals['_REPORTEXECUTIONSREQUEST']._serialized_start=1684
+  _globals['_REPORTEXECUTIONSREQUEST']._serialized_end=1812
+  _globals['_LAYEREXECUTIONS']._serialized_start=1814
+  _globals['_LAYEREXECUTIONS']._serialized_end=1862
+  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_start=1864
+  _globals['_REPORTEXECUTIONSRESPONSE']._serialized_end=1890
+  _globals['_GETCLUSTERLOADREQUEST']._serialized_start=1892
+  _globals['_GETCLUSTERLOADREQUEST']._serialized_end=1915
+  _globals['_GETCLUSTERLOADRESPONSE']._serialized_start=1918
+  _globals['_GETCLUSTERLOADRESPONSE']._serialized_end=2228
+  _globals['_ROUTERSTATE']._serialized_start=2230
+  _globals['_ROUTERSTATE']._serialized_end=2317
+  _globals['_SETBALANCEMODEREQUEST']._serialized_start=2319
+  _globals['_SETBALANCEMODEREQUEST']._serialized_end=2371
+  _globals['_SETBALANCEMODERESPONSE']._serialized_start=2373
+  _globals['_SETBALANCEMODERESPONSE']._serialized_end=2419
+  _globals['_CONTROLSERVICE']._serialized_start=2422
+  _globals['_CONTROLSERVICE']._serialized_end=3019
 # @@protoc_insertion_point(module_scope)

@@ -1,5 +1,6 @@
 from expertmesh.v1 import expert_pb2 as _expert_pb2
 from expertmesh.v1 import router_pb2 as _router_pb2
+from expertmesh.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -28,28 +29,60 @@ class AnnounceServerResponse(_message.Message):
     def __init__(self, oldest_epoch: _Optional[int] = ...) -> None: ...
 
 class WatchClusterRequest(_message.Message):
-    __slots__ = ("router_id", "incarnation", "endpoint", "protocol_version", "checkpoint_digest")
+    __slots__ = ("router_id", "incarnation", "endpoint", "protocol_version", "checkpoint_digest", "gates")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GATES_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     incarnation: str
     endpoint: str
     protocol_version: int
     checkpoint_digest: str
-    def __init__(self, router_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., endpoint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ...) -> None: ...
+    gates: _containers.RepeatedCompositeFieldContainer[LayerGate]
+    def __init__(self, router_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., endpoint: _Optional[str] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., gates: _Optional[_Iterable[_Union[LayerGate, _Mapping]]] = ...) -> None: ...
+
+class LayerGate(_message.Message):
+    __slots__ = ("layer", "score", "top_k", "n_group", "topk_group", "group_score", "trained_bias")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    N_GROUP_FIELD_NUMBER: _ClassVar[int]
+    TOPK_GROUP_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SCORE_FIELD_NUMBER: _ClassVar[int]
+    TRAINED_BIAS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    score: str
+    top_k: int
+    n_group: int
+    topk_group: int
+    group_score: str
+    trained_bias: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, layer: _Optional[int] = ..., score: _Optional[str] = ..., top_k: _Optional[int] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., group_score: _Optional[str] = ..., trained_bias: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class WatchClusterResponse(_message.Message):
-    __slots__ = ("directory", "placement", "bias")
+    __slots__ = ("directory", "placement", "bias", "beat")
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     BIAS_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
     directory: Directory
     placement: Placement
     bias: BiasUpdate
-    def __init__(self, directory: _Optional[_Union[Directory, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., bias: _Optional[_Union[BiasUpdate, _Mapping]] = ...) -> None: ...
+    beat: BalanceBeat
+    def __init__(self, directory: _Optional[_Union[Directory, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., bias: _Optional[_Union[BiasUpdate, _Mapping]] = ..., beat: _Optional[_Union[BalanceBeat, _Mapping]] = ...) -> None: ...
+
+class BalanceBeat(_message.Message):
+    __slots__ = ("number", "closed_windows", "window_age_s")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    closed_windows: int
+    window_age_s: float
+    def __init__(self, number: _Optional[int] = ..., closed_windows: _Optional[int] = ..., window_age_s: _Optional[float] = ...) -> None: ...
 
 class Directory(_message.Message):
     __slots__ = ("version", "servers", "routers")
@@ -96,20 +129,34 @@ class LayerBias(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., delta: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ReportAssignmentsRequest(_message.Message):
-    __slots__ = ("source", "incarnation", "sequence", "layers", "bias_version", "epoch")
+    __slots__ = ("source", "incarnation", "sequence", "layers", "bias_version", "epoch", "samples")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
     source: str
     incarnation: str
     sequence: int
     layers: _containers.RepeatedCompositeFieldContainer[_router_pb2.LayerLoad]
     bias_version: int
     epoch: int
-    def __init__(self, source: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    samples: _containers.RepeatedCompositeFieldContainer[LayerSample]
+    def __init__(self, source: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[LayerSample, _Mapping]]] = ...) -> None: ...
+
+class LayerSample(_message.Message):
+    __slots__ = ("layer", "sampled_picks", "changed_picks", "scores")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_PICKS_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_PICKS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    sampled_picks: int
+    changed_picks: int
+    scores: _tensor_pb2.Tensor
+    def __init__(self, layer: _Optional[int] = ..., sampled_picks: _Optional[int] = ..., changed_picks: _Optional[int] = ..., scores: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ReportAssignmentsResponse(_message.Message):
     __slots__ = ()
@@ -144,22 +191,44 @@ class GetClusterLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetClusterLoadResponse(_message.Message):
-    __slots__ = ("layers", "executions", "bias_version", "epoch")
+    __slots__ = ("layers", "executions", "bias_version", "epoch", "balance", "routers", "beat", "balance_mode")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     EXECUTIONS_FIELD_NUMBER: _ClassVar[int]
     BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_FIELD_NUMBER: _ClassVar[int]
+    ROUTERS_FIELD_NUMBER: _ClassVar[int]
+    BEAT_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_MODE_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedCompositeFieldContainer[_router_pb2.LayerLoad]
     executions: _containers.RepeatedCompositeFieldContainer[LayerExecutions]
     bias_version: int
     epoch: int
-    def __init__(self, layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., executions: _Optional[_Iterable[_Union[LayerExecutions, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    balance: _containers.RepeatedCompositeFieldContainer[_router_pb2.LayerBalance]
+    routers: _containers.RepeatedCompositeFieldContainer[RouterState]
+    beat: BalanceBeat
+    balance_mode: str
+    def __init__(self, layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., executions: _Optional[_Iterable[_Union[LayerExecutions, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., balance: _Optional[_Iterable[_Union[_router_pb2.LayerBalance, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., beat: _Optional[_Union[BalanceBeat, _Mapping]] = ..., balance_mode: _Optional[str] = ...) -> None: ...
+
+class RouterState(_message.Message):
+    __slots__ = ("router_id", "endpoint", "bias_version", "epoch")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINT_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    endpoint: str
+    bias_version: int
+    epoch: int
+    def __init__(self, router_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SetBalanceModeRequest(_message.Message):
-    __slots__ = ("mode",)
+    __slots__ = ("mode", "reset")
     MODE_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
     mode: str
-    def __init__(self, mode: _Optional[str] = ...) -> None: ...
+    reset: bool
+    def __init__(self, mode: _Optional[str] = ..., reset: bool = ...) -> None: ...
 
 class SetBalanceModeResponse(_message.Message):
     __slots__ = ("bias_version",)

@@ -103,6 +103,9 @@ class ControlServiceServicer(object):
 
         Totals since the router's start: repeats, gaps and reordering change
         nothing. Routers call it a few times a second while counts change.
+
+        INVALID_ARGUMENT  counts that are negative, that shrink, or of another
+        length than the layer's: a bug, nothing was taken
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,6 +127,12 @@ class ControlServiceServicer(object):
 
     def SetBalanceMode(self, request, context):
         """Chooses how biases move from now on.
+
+        The kill switch: "frozen" takes every delta back, so that routers gate by
+        the checkpoint's own bias after one push. The answer names the version
+        that says so; GetClusterLoad says which routers have it. Idempotent.
+
+        INVALID_ARGUMENT  no such mode
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

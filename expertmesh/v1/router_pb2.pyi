@@ -125,35 +125,59 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("layers", "bias_version", "epoch")
+    __slots__ = ("layers", "bias_version", "epoch", "balance")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedCompositeFieldContainer[LayerLoad]
     bias_version: int
     epoch: int
-    def __init__(self, layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    balance: _containers.RepeatedCompositeFieldContainer[LayerBalance]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., balance: _Optional[_Iterable[_Union[LayerBalance, _Mapping]]] = ...) -> None: ...
+
+class LayerBalance(_message.Message):
+    __slots__ = ("layer", "windows", "window_max_violation", "divergence", "sampled_picks", "max_abs_delta", "halvings", "withdrawals")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_MAX_VIOLATION_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_PICKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ABS_DELTA_FIELD_NUMBER: _ClassVar[int]
+    HALVINGS_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWALS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    windows: int
+    window_max_violation: float
+    divergence: float
+    sampled_picks: int
+    max_abs_delta: float
+    halvings: int
+    withdrawals: int
+    def __init__(self, layer: _Optional[int] = ..., windows: _Optional[int] = ..., window_max_violation: _Optional[float] = ..., divergence: _Optional[float] = ..., sampled_picks: _Optional[int] = ..., max_abs_delta: _Optional[float] = ..., halvings: _Optional[int] = ..., withdrawals: _Optional[int] = ...) -> None: ...
 
 class LayerLoad(_message.Message):
-    __slots__ = ("layer", "counts", "caller_gated_counts", "max_violation", "top_k")
+    __slots__ = ("layer", "counts", "caller_gated_counts", "max_violation", "top_k", "repeated_pairs")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     CALLER_GATED_COUNTS_FIELD_NUMBER: _ClassVar[int]
     MAX_VIOLATION_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_PAIRS_FIELD_NUMBER: _ClassVar[int]
     layer: int
     counts: _containers.RepeatedScalarFieldContainer[int]
     caller_gated_counts: _containers.RepeatedScalarFieldContainer[int]
     max_violation: float
     top_k: int
-    def __init__(self, layer: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., caller_gated_counts: _Optional[_Iterable[int]] = ..., max_violation: _Optional[float] = ..., top_k: _Optional[int] = ...) -> None: ...
+    repeated_pairs: int
+    def __init__(self, layer: _Optional[int] = ..., counts: _Optional[_Iterable[int]] = ..., caller_gated_counts: _Optional[_Iterable[int]] = ..., max_violation: _Optional[float] = ..., top_k: _Optional[int] = ..., repeated_pairs: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("ready", "reason", "servers", "bias_version", "epoch", "controller_connected", "controller", "pid", "balance_mode", "answered_requests", "retried_pairs")
+    __slots__ = ("ready", "reason", "servers", "bias_version", "epoch", "controller_connected", "controller", "pid", "balance_mode", "answered_requests", "retried_pairs", "controller_age_s", "balance_alive", "window_age_s", "divergence")
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     SERVERS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +189,10 @@ class GetStatusResponse(_message.Message):
     BALANCE_MODE_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RETRIED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    CONTROLLER_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    BALANCE_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     reason: str
     servers: _containers.RepeatedCompositeFieldContainer[ServerStatus]
@@ -176,10 +204,14 @@ class GetStatusResponse(_message.Message):
     balance_mode: str
     answered_requests: int
     retried_pairs: int
-    def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ...) -> None: ...
+    controller_age_s: float
+    balance_alive: bool
+    window_age_s: float
+    divergence: float
+    def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., controller_age_s: _Optional[float] = ..., balance_alive: bool = ..., window_age_s: _Optional[float] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class ServerStatus(_message.Message):
-    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error")
+    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error", "requests_in_flight", "answered_rows")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +224,8 @@ class ServerStatus(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_ROWS_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     endpoint: str
     incarnation: str
@@ -204,4 +238,6 @@ class ServerStatus(_message.Message):
     node: str
     backend: str
     error: str
-    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+    requests_in_flight: int
+    answered_rows: int
+    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ..., requests_in_flight: _Optional[int] = ..., answered_rows: _Optional[int] = ...) -> None: ...

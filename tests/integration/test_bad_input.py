@@ -803,7 +803,9 @@ def test_the_controller_refuses_a_router_of_another_fleet(control) -> None:
 def test_a_server_of_another_checkpoint_ends_itself_with_the_reason(mesh, tmp_path) -> None:
     make_checkpoint("deepseek_v3", tmp_path, seed=1)
     stranger = loop.run(
-        meshes._start_server(tmp_path, mesh.controller, "stranger", 0, 2, backend="reference")
+        meshes.start_server_at(
+            tmp_path, mesh.controller.address, "stranger", 0, 2, backend="reference"
+        )
     )
 
     async def refusal() -> MeshError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from expertmesh.config import BalanceConfig
 from expertmesh.errors import InvalidRequestError, MismatchError, SupersededError
 from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.v1 import control_pb2 as pb
-from expertmesh.v1 import expert_pb2, router_pb2
+from expertmesh.v1 import expert_pb2, router_pb2, tensor_pb2
 from load_controller.controller import LOST_AFTER_S, LoadController
 from load_controller.ledger import Ledger, Report, SourceKey
 from load_controller.store import Store
@@ -79,6 +80,120 @@ def test_a_repeated_report_brings_no_news() -> None:
     controller.take_assignments(_report([9, 9], sequence=0), now=0.0)
 
     assert list(controller.load().layers[0].counts) == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "problem"),
+    [([5, 0], "1 less than before"), ([3, 1, 0], "7 numbers for layer 2, where others report 5")],
+    ids=["shrinking", "another length"],
+)
+def test_impossible_totals_are_refused_and_change_nothing(counts: list[int], problem: str) -> None:
+    controller = _controller(mode="adaptive", window_tokens=1)
+    controller.take_assignments(_report([3, 1]), now=0.0)
+    before = controller.load()
+
+    with pytest.raises(InvalidRequestError, match=problem):
+        controller.take_assignments(_report(counts, sequence=2), now=0.0)
+    refused = controller.load()
+    controller.take_assignments(_report([4, 1], sequence=2), now=0.0)
+
+    assert refused == before
+    assert list(controller.load().layers[0].counts) == [4, 1]
+
+
+def test_a_layer_that_a_report_leaves_out_keeps_its_counts() -> None:
+    ledger = Ledger()
+    key = SourceKey("r0", "i")
+    ledger.take(Report(key, 1, {1: np.array([1]), 2: np.array([2])}))
+    ledger.take(Report(key, 2, {1: np.array([4])}))
+
+    news = ledger.take(Report(key, 3, {2: np.array([5])}))
+
+    assert news == {2: np.array([3])}
+    assert ledger.totals() == {1: np.array([4]), 2: np.array([5])}
+
+
+def test_a_report_and_the_window_that_it_closes_are_stored_together_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.sqlite"
+    controller = _controller(path, mode="adaptive", window_tokens=1)
+    version = controller.bias_version
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Store, "save_bias", full)
+    with pytest.raises(OSError, match="disk full"):
+        controller.take_assignments(_report([3, 1]), now=0.0)
+    restarted = _controller(path)
+
+    assert restarted.bias_version == version
+    assert len(restarted.load().layers) == 0
+
+
+def test_a_reset_starts_from_zero_and_keeps_the_mode() -> None:
+    controller = _controller(mode="adaptive", window_tokens=1)
+    controller.take_assignments(_report([9, 1]), now=0.0)
+    moved = controller.bias()
+
+    version = controller.set_mode("", reset=True)
+
+    assert len(moved.layers) == 1
+    assert controller.bias() == pb.BiasUpdate(version=version, mode="adaptive")
+    assert version == moved.version + 1
+
+
+def test_routers_are_listed_with_the_versions_that_they_use() -> None:
+    controller = _controller()
+    controller.add_router(pb.WatchClusterRequest(router_id="r0", incarnation="i", endpoint="h:1"))
+    silent = list(controller.load().routers)
+    report = _report([1, 1])
+    report.bias_version, report.epoch = 1, 4
+    controller.take_assignments(report, now=0.0)
+
+    assert silent == [pb.RouterState(router_id="r0", endpoint="h:1")]
+    assert list(controller.load().routers) == [
+        pb.RouterState(router_id="r0", endpoint="h:1", bias_version=1, epoch=4)
+    ]
+
+
+def test_directory_versions_go_on_after_a_restart(tmp_path: Path) -> None:
+    first = _controller(tmp_path / "state.sqlite")
+    first.add_router(pb.WatchClusterRequest(router_id="r0", incarnation="i"))
+    first.remove_router("r0", "i")
+
+    second = _controller(tmp_path / "state.sqlite")
+
+    assert second.directory_version == first.directory_version
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"score": "relu"}, {"top_k": 3}, {"n_group": 3}, {"group_score": "sum"}],
+    ids=str,
+)
+def test_a_gate_that_cannot_choose_is_refused(change: dict[str, Any]) -> None:
+    gate = pb.LayerGate(layer=LAYER, score="sigmoid", top_k=1, n_group=1, topk_group=1,
+                        group_score="max", trained_bias=[0.0, 0.0])  # fmt: skip
+    gate.MergeFrom(pb.LayerGate(**change))
+
+    with pytest.raises(InvalidRequestError):
+        _controller().add_router(pb.WatchClusterRequest(router_id="r0", gates=[gate]))
+
+
+def test_a_sample_of_another_shape_than_the_gates_is_refused() -> None:
+    controller = _controller()
+    gate = pb.LayerGate(layer=LAYER, score="sigmoid", top_k=1, n_group=1, topk_group=1,
+                        group_score="max", trained_bias=[0.0, 0.0])  # fmt: skip
+    controller.add_router(pb.WatchClusterRequest(router_id="r0", incarnation="i", gates=[gate]))
+    report = _report([1, 1])
+    report.samples.add(layer=LAYER).scores.CopyFrom(
+        tensor_pb2.Tensor(data_type=tensor_pb2.DATA_TYPE_FLOAT32, shape=[1, 3], data=bytes(12))
+    )
+
+    with pytest.raises(InvalidRequestError, match="expected \\[n, 2\\] float32"):
+        controller.take_assignments(report, now=0.0)
 
 
 def test_maxvio_is_of_both_kinds_of_count() -> None:
@@ -224,8 +339,10 @@ def test_a_server_not_heard_of_is_lost_until_it_is_heard_again() -> None:
 
 def test_a_routers_end_is_forgotten_only_when_it_is_the_present_one() -> None:
     controller = _controller()
-    controller.add_router("r0", "old", "h:1")
-    controller.add_router("r0", "new", "h:2")
+    for incarnation, endpoint in (("old", "h:1"), ("new", "h:2")):
+        controller.add_router(
+            pb.WatchClusterRequest(router_id="r0", incarnation=incarnation, endpoint=endpoint)
+        )
 
     controller.remove_router("r0", "old")
 

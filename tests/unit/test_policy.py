@@ -1,11 +1,20 @@
 """The bias policies, on written-out numbers and on a skewed gate."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from load_controller.policy import clamp_delta, max_violation, proportional, sign
+from load_controller.policy import (
+    POLICIES,
+    clamp_delta,
+    max_violation,
+    next_delta,
+    proportional,
+    scheduled_rate,
+    sign,
+)
 
 Policy = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -91,6 +100,56 @@ def test_clamp_holds_the_delta_within_its_bound_on_both_sides() -> None:
 
 def test_a_bound_of_zero_withdraws_the_delta() -> None:
     assert clamp_delta(torch.tensor([-2.0, 3.0]), 0.0).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["frozen", "off"])
+def test_frozen_and_off_serve_the_checkpoints_routing_whatever_the_counts(name: str) -> None:
+    moved_E = POLICIES[name](torch.tensor([0.5, -0.5]), torch.tensor([9, 1]), 0.1)
+
+    assert moved_E.tolist() == [0.0, 0.0]
+
+
+def test_a_delta_is_decayed_then_moved_then_clamped() -> None:
+    moved_E = next_delta(
+        torch.tensor([-1.0, 1.0, 0.0]),
+        torch.tensor([6, 0, 3]),
+        policy="sign",
+        update_rate=0.25,
+        decay=0.5,
+        max_delta=0.6,
+    )
+
+    assert moved_E.tolist() == pytest.approx([-0.6, 0.6, 0.0])
+
+
+def test_a_delta_that_balance_no_longer_needs_decays_to_zero() -> None:
+    delta_E = torch.tensor([-1.0, 1.0])
+    for _ in range(200):
+        delta_E = next_delta(
+            delta_E, torch.tensor([5, 5]), policy="sign", update_rate=0.1, decay=0.05
+        )
+
+    assert float(delta_E.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_that_is_no_share_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay is"):
+        next_delta(torch.zeros(2), torch.ones(2), policy="sign", update_rate=0.1, decay=decay)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.8, 0.8, 0.8, 0.8]),
+        ("inverse", [0.8, 0.8 / 1.5, 0.4, 0.1]),
+        ("cosine", [0.8, 0.45, 0.1, 0.1]),
+    ],
+)
+def test_a_schedule_lowers_the_rate_to_its_floor(schedule: Any, expected: list[float]) -> None:
+    rates = [scheduled_rate(schedule, 0.8, n, over=100, floor=0.1) for n in (0, 50, 100, 9999)]
+
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

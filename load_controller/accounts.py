@@ -1,0 +1,127 @@
+"""The cluster's counts: reports of routers and servers to exact totals, kept in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from expertmesh.errors import InvalidRequestError
+from expertmesh.v1 import control_pb2 as pb
+from expertmesh.v1 import router_pb2
+from load_controller.balancer import max_violation
+from load_controller.divergence import Share
+from load_controller.ledger import Counts, Ledger, Report, SourceKey
+from load_controller.store import Store
+
+#: What a source reports, as the store names it.
+ROUTER, EXECUTIONS = "router", "executions"
+
+
+class Accounts:
+    """Totals over every source that ever reported.
+
+    Four counts that are never added together: assignments by the routers' gate and by callers',
+    pairs that routers sent again, rows that servers executed. A router's three are one row of
+    numbers in the ledger, so that no report is ever half taken.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Takes up what the store has."""
+        self._store = store
+        self._ledgers = {kind: Ledger() for kind in (ROUTER, EXECUTIONS)}
+        for kind, ledger in self._ledgers.items():
+            for report in store.reports(kind):
+                ledger.take(report)
+        # [changed, sampled] picks. Not stored: it says what is, not what was.
+        self._shares = Ledger()
+        self.top_k: dict[int, int] = {}
+
+    def take_assignments(self, request: pb.ReportAssignmentsRequest) -> dict[int, Counts] | None:
+        """What a router's report adds to the assignments by layer; None for an old or repeated one.
+
+        Raises InvalidRequestError for totals that cannot be; then nothing was taken.
+        """
+        totals = {entry.layer: _router_row(entry) for entry in request.layers}
+        news = self._take(ROUTER, request, totals)
+        if news is None:
+            return None
+        self.top_k |= {entry.layer: entry.top_k for entry in request.layers}
+        return {layer: row[: _experts(row)] for layer, row in news.items()}
+
+    def take_shares(self, request: pb.ReportAssignmentsRequest) -> dict[int, Share]:
+        """What a report that is not an old one adds to the sampled picks, by layer."""
+        totals = {
+            sample.layer: np.array([sample.changed_picks, sample.sampled_picks], np.int64)
+            for sample in request.samples
+        }
+        news = self._shares.take(_report(request, totals)) or {}
+        return {layer: Share(*new.tolist()) for layer, new in news.items()}
+
+    def take_executions(self, request: pb.ReportExecutionsRequest) -> None:
+        """Takes a server's totals. Raises InvalidRequestError."""
+        totals = {entry.layer: _array(entry.counts) for entry in request.layers}
+        self._take(EXECUTIONS, request, totals)
+
+    def _take(
+        self,
+        kind: str,
+        request: pb.ReportAssignmentsRequest | pb.ReportExecutionsRequest,
+        totals: dict[int, Counts],
+    ) -> dict[int, Counts] | None:
+        report = _report(request, totals)
+        news = self._ledgers[kind].take(report)
+        if news is not None:
+            self._store.save_report(kind, report)
+        return news
+
+    def layer_loads(self) -> list[router_pb2.LayerLoad]:
+        """Assignments of every layer that has any report."""
+        loads = []
+        for layer, row in sorted(self._ledgers[ROUTER].totals().items()):
+            experts = _experts(row)
+            gated, caller = row[:experts], row[experts : 2 * experts]
+            loads.append(
+                router_pb2.LayerLoad(
+                    layer=layer,
+                    counts=gated.tolist(),
+                    caller_gated_counts=caller.tolist(),
+                    max_violation=max_violation(gated + caller),
+                    top_k=self.top_k.get(layer, 0),
+                    repeated_pairs=int(row[-1]),
+                )
+            )
+        return loads
+
+    def layer_executions(self) -> list[pb.LayerExecutions]:
+        """Executions of every layer that has any."""
+        return [
+            pb.LayerExecutions(layer=layer, counts=counts.tolist())
+            for layer, counts in sorted(self._ledgers[EXECUTIONS].totals().items())
+        ]
+
+
+def _report(
+    request: pb.ReportAssignmentsRequest | pb.ReportExecutionsRequest, totals: dict[int, Counts]
+) -> Report:
+    return Report(SourceKey(request.source, request.incarnation), request.sequence, totals)
+
+
+def _router_row(entry: router_pb2.LayerLoad) -> Counts:
+    """One layer of a router's report: gated [E], caller gated [E], repeated pairs [1]."""
+    gated = _array(entry.counts)
+    caller = _array(entry.caller_gated_counts) if entry.caller_gated_counts else 0 * gated
+    if len(caller) != len(gated):
+        raise InvalidRequestError(
+            f"layer {entry.layer} has {len(gated)} counts and {len(caller)} caller gated ones",
+            field="layers",
+        )
+    return np.concatenate((gated, caller, [entry.repeated_pairs]))
+
+
+def _experts(row: Counts) -> int:
+    return len(row) // 2
+
+
+def _array(counts: Sequence[int]) -> Counts:
+    return np.fromiter(counts, np.int64, len(counts))
