@@ -2,31 +2,73 @@ from expertmesh.v1 import expert_pb2 as _expert_pb2
 from expertmesh.v1 import router_pb2 as _router_pb2
 from expertmesh.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class MoveAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MOVE_ACTION_UNSPECIFIED: _ClassVar[MoveAction]
+    MOVE_ACTION_LOAD: _ClassVar[MoveAction]
+    MOVE_ACTION_DROP: _ClassVar[MoveAction]
+MOVE_ACTION_UNSPECIFIED: MoveAction
+MOVE_ACTION_LOAD: MoveAction
+MOVE_ACTION_DROP: MoveAction
+
+class MigrateSlotsRequest(_message.Message):
+    __slots__ = ("moves",)
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    moves: _containers.RepeatedCompositeFieldContainer[SlotMove]
+    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ...) -> None: ...
+
+class SlotMove(_message.Message):
+    __slots__ = ("action", "layer", "expert", "server_id")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    action: MoveAction
+    layer: int
+    expert: int
+    server_id: str
+    def __init__(self, action: _Optional[_Union[MoveAction, str]] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ..., server_id: _Optional[str] = ...) -> None: ...
+
+class MigrateSlotsResponse(_message.Message):
+    __slots__ = ("epoch", "loaded", "dropped")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    loaded: int
+    dropped: int
+    def __init__(self, epoch: _Optional[int] = ..., loaded: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
+
 class AnnounceServerRequest(_message.Message):
-    __slots__ = ("server", "protocol_version", "checkpoint_digest", "started_at_ns", "layers")
+    __slots__ = ("server", "protocol_version", "checkpoint_digest", "started_at_ns", "layers", "initial_layers")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_NS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
     server: _router_pb2.ServerStatus
     protocol_version: int
     checkpoint_digest: str
     started_at_ns: int
     layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
-    def __init__(self, server: _Optional[_Union[_router_pb2.ServerStatus, _Mapping]] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., started_at_ns: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
+    initial_layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
+    def __init__(self, server: _Optional[_Union[_router_pb2.ServerStatus, _Mapping]] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., started_at_ns: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ..., initial_layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
 
 class AnnounceServerResponse(_message.Message):
-    __slots__ = ("oldest_epoch",)
+    __slots__ = ("oldest_epoch", "layers")
     OLDEST_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     oldest_epoch: int
-    def __init__(self, oldest_epoch: _Optional[int] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
+    def __init__(self, oldest_epoch: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
 
 class WatchClusterRequest(_message.Message):
     __slots__ = ("router_id", "incarnation", "endpoint", "protocol_version", "checkpoint_digest", "gates")

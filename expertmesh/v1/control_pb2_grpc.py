@@ -65,6 +65,11 @@ class ControlServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.SetBalanceModeRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.SetBalanceModeResponse.FromString,
                 _registered_method=True)
+        self.MigrateSlots = channel.unary_unary(
+                '/expertmesh.v1.ControlService/MigrateSlots',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer(object):
@@ -138,6 +143,26 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MigrateSlots(self, request, context):
+        """Moves experts between servers while requests go on.
+
+        Layer by layer: the new slots are loaded beside the old, their digests
+        compared with the other copies', every router switched to them as one
+        placement, and the old slots dropped once no router uses an older one.
+        When a step fails, its layer is as it was before, and so are later ones;
+        layers that were done stay. Answers when all is done. Goes on when the
+        caller has gone.
+
+        INVALID_ARGUMENT     a move names no slot or server, or would leave an
+        expert without one: nothing was done
+        FAILED_PRECONDITION  another migration is under way (MIGRATING)
+        UNAVAILABLE          a server could not be reached: rolled back, see above
+        RESOURCE_EXHAUSTED   the slots do not fit (NO_ROOM): rolled back
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -170,6 +195,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.SetBalanceMode,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.SetBalanceModeRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.SetBalanceModeResponse.SerializeToString,
+            ),
+            'MigrateSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.MigrateSlots,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -335,6 +365,33 @@ class ControlService(object):
             '/expertmesh.v1.ControlService/SetBalanceMode',
             expertmesh_dot_v1_dot_control__pb2.SetBalanceModeRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.SetBalanceModeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MigrateSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/MigrateSlots',
+            expertmesh_dot_v1_dot_control__pb2.MigrateSlotsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.MigrateSlotsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,6 +6,28 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LoadSlotsRequest(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerSlots]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerSlots, _Mapping]]] = ...) -> None: ...
+
+class LoadSlotsResponse(_message.Message):
+    __slots__ = ("slot_digests",)
+    SLOT_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    slot_digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, slot_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DropSlotsRequest(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerSlots]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerSlots, _Mapping]]] = ...) -> None: ...
+
+class DropSlotsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DescribeShardRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

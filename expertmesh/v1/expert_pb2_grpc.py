@@ -50,6 +50,16 @@ class ExpertServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_expert__pb2.ExecuteStreamRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_expert__pb2.ExecuteStreamResponse.FromString,
                 _registered_method=True)
+        self.LoadSlots = channel.unary_unary(
+                '/expertmesh.v1.ExpertService/LoadSlots',
+                request_serializer=expertmesh_dot_v1_dot_expert__pb2.LoadSlotsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_expert__pb2.LoadSlotsResponse.FromString,
+                _registered_method=True)
+        self.DropSlots = channel.unary_unary(
+                '/expertmesh.v1.ExpertService/DropSlots',
+                request_serializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer(object):
@@ -92,6 +102,31 @@ class ExpertServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadSlots(self, request, context):
+        """Reads slots from the checkpoint and holds them beside the others.
+
+        The load controller calls it when experts move. All or none: when one
+        cannot be loaded, those that this call had loaded are dropped again.
+        Idempotent: slots that are held already are only reported.
+
+        INVALID_ARGUMENT    not a slot of this model
+        RESOURCE_EXHAUSTED  they do not fit into the memory that is free (NO_ROOM)
+        UNAVAILABLE         draining or loading: try later
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropSlots(self, request, context):
+        """Forgets slots.
+
+        The load controller calls it when no router asks for them any more.
+        Idempotent: slots that are not held are left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +144,16 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.ExecuteStream,
                     request_deserializer=expertmesh_dot_v1_dot_expert__pb2.ExecuteStreamRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_expert__pb2.ExecuteStreamResponse.SerializeToString,
+            ),
+            'LoadSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadSlots,
+                    request_deserializer=expertmesh_dot_v1_dot_expert__pb2.LoadSlotsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_expert__pb2.LoadSlotsResponse.SerializeToString,
+            ),
+            'DropSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropSlots,
+                    request_deserializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -193,6 +238,60 @@ class ExpertService(object):
             '/expertmesh.v1.ExpertService/ExecuteStream',
             expertmesh_dot_v1_dot_expert__pb2.ExecuteStreamRequest.SerializeToString,
             expertmesh_dot_v1_dot_expert__pb2.ExecuteStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ExpertService/LoadSlots',
+            expertmesh_dot_v1_dot_expert__pb2.LoadSlotsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_expert__pb2.LoadSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ExpertService/DropSlots',
+            expertmesh_dot_v1_dot_expert__pb2.DropSlotsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_expert__pb2.DropSlotsResponse.FromString,
             options,
             channel_credentials,
             insecure,
