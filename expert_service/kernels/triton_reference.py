@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from expert_service.kernels.reference import swiglu
+from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_route import Route, max_blocks
-from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton_tiles import Tile, Tiles
 from expertmesh.model import ExpertWeights
 
 
@@ -109,18 +110,18 @@ def grouped_swiglu_experts(
     hidden_RH: torch.Tensor,
     expert_ids_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    gate_LIH: torch.Tensor,
-    up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
+    matrices: ExpertMatrices,
     local_slots_E: torch.Tensor | None = None,
     block_m: int | None = None,
+    tiles: Tiles | None = None,
+    w8a8: bool = False,
 ) -> torch.Tensor:
     """See `triton_experts.grouped_swiglu_experts`; nothing is rounded before the end."""
     out_RH = torch.zeros(hidden_RH.shape)
     for row, experts in enumerate(expert_ids_RK.tolist()):
         for k, expert in enumerate(experts):
             slot = _slot(expert, local_slots_E)
-            if 0 <= slot < len(gate_LIH):
-                weights = ExpertWeights(gate_LIH[slot], up_LIH[slot], down_LHI[slot])
+            if 0 <= slot < len(matrices.gate_LIH):
+                weights = ExpertWeights(*(matrix[slot] for matrix in matrices[:3]))
                 out_RH[row] += weights_RK[row, k] * swiglu(hidden_RH[row : row + 1], weights)[0]
     return out_RH.to(hidden_RH.dtype)

@@ -29,6 +29,13 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Tiles(NamedTuple):
+    """The tiles of both products, of one `block_m`."""
+
+    gate_up: Tile  # `block_n` columns of the gate's result, and as many of up's
+    down: Tile
+
+
 #: By block_m, for 16-bit weights. `block_n` counts all columns that a program computes.
 _TILES = {
     16: Tile(16, 128, 128, 1, 4, 4),
@@ -55,6 +62,12 @@ def gate_up_tile(block_m: int, hidden_size: int, intermediate_size: int, item_by
 def down_tile(block_m: int, hidden_size: int, intermediate_size: int, item_bytes: int) -> Tile:
     """The tile of the second product."""
     return _fit(_TILES[block_m], hidden_size, intermediate_size, item_bytes)
+
+
+def rule_tiles(block_m: int, hidden_size: int, intermediate_size: int, item_bytes: int) -> Tiles:
+    """Both tiles, for weights whose elements have that many bytes."""
+    sizes = (block_m, hidden_size, intermediate_size, item_bytes)
+    return Tiles(gate_up_tile(*sizes), down_tile(*sizes))
 
 
 def next_power_of_2(value: int) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ from expert_service.kernels import triton_reference as reference
 from expert_service.kernels.triton_down import down
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_gate_up import gate_up
+from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_reduce import reduce
 from expert_service.kernels.triton_route import Route, route
-from expert_service.kernels.triton_tiles import Tile, down_tile, gate_up_tile
+from expert_service.kernels.triton_tiles import Tile, Tiles, down_tile, gate_up_tile
 from tests.kernels.tolerances import assert_close
 
 ON_GPU = torch.cuda.is_available()
@@ -38,26 +38,19 @@ def _what_is_not_written_is_poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-class Experts(NamedTuple):
-    """The weights of a shard's slots."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-
-    def on_device(self) -> Experts:
-        return Experts(*(matrix.to(DEVICE) for matrix in self))
+def _on_device(experts: ExpertMatrices) -> ExpertMatrices:
+    return ExpertMatrices(*(None if each is None else each.to(DEVICE) for each in experts))
 
 
 def _experts(
     dtype: torch.dtype, hidden: int = 48, width: int = 20, slots: int = EXPERTS
-) -> Experts:
+) -> ExpertMatrices:
     generator = torch.Generator().manual_seed(0)
 
     def matrices(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(slots, rows, columns, generator=generator) / columns**0.5).to(dtype)
 
-    return Experts(matrices(width, hidden), matrices(width, hidden), matrices(hidden, width))
+    return ExpertMatrices(matrices(width, hidden), matrices(width, hidden), matrices(hidden, width))
 
 
 def _hidden(rows: int, dtype: torch.dtype, hidden: int = 48) -> torch.Tensor:
@@ -77,13 +70,14 @@ def _run(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    experts: Experts,
+    experts: ExpertMatrices,
     local_slots: torch.Tensor | None = None,
     block_m: int | None = None,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     inputs = (tensor.to(DEVICE) for tensor in (hidden, ids, weights))
     on_device = None if local_slots is None else local_slots.to(DEVICE)
-    return grouped_swiglu_experts(*inputs, *experts.on_device(), on_device, block_m).cpu()
+    return grouped_swiglu_experts(*inputs, _on_device(experts), on_device, block_m, tiles).cpu()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -96,7 +90,7 @@ def test_experts_equal_the_reference(rows: int, k: int, dtype: torch.dtype) -> N
 
     out = _run(*call, experts)
 
-    assert_close(out, reference.grouped_swiglu_experts(*call, *experts), dtype)
+    assert_close(out, reference.grouped_swiglu_experts(*call, experts), dtype)
 
 
 @pytest.mark.parametrize(("hidden", "width"), SIZES)
@@ -107,7 +101,7 @@ def test_any_size_of_expert_works(hidden: int, width: int, dtype: torch.dtype) -
 
     out = _run(*call, experts)
 
-    assert_close(out, reference.grouped_swiglu_experts(*call, *experts), dtype)
+    assert_close(out, reference.grouped_swiglu_experts(*call, experts), dtype)
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
@@ -118,23 +112,18 @@ def test_every_tile_gives_the_same_result(block_m: int, dtype: torch.dtype) -> N
 
     out = _run(*call, experts, block_m=block_m)
 
-    assert_close(out, reference.grouped_swiglu_experts(*call, *experts), dtype)
+    assert_close(out, reference.grouped_swiglu_experts(*call, experts), dtype)
 
 
 @pytest.mark.parametrize("group_m", [1, 2, 5, 64])
 def test_the_order_of_blocks_does_not_matter(group_m: int) -> None:
-    experts = _experts(torch.float32, hidden=40, width=36).on_device()
-    hidden, (ids, weights) = _hidden(50, torch.float32, 40).to(DEVICE), _routing(50, 3)
-    routed = route(ids.to(DEVICE), EXPERTS, 16)
+    experts = _experts(torch.float32, hidden=40, width=36)
+    call = (_hidden(50, torch.float32, 40), *_routing(50, 3))
     tile = Tile(16, 16, 16, group_m, 4, 2)
 
-    h_AI = gate_up(hidden, experts.gate, experts.up, routed, tile)
-    y_AH = down(h_AI, experts.down, weights.to(DEVICE), routed, tile)
+    out = _run(*call, experts, tiles=Tiles(tile, tile))
 
-    expected = reference.grouped_swiglu_experts(
-        *(tensor.cpu() for tensor in (hidden, ids, weights, *experts))
-    )
-    assert_close(reduce(y_AH, routed.positions).cpu(), expected, torch.float32)
+    assert_close(out, reference.grouped_swiglu_experts(*call, experts), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -147,7 +136,7 @@ def test_all_rows_on_one_expert_equal_the_reference(rows: int, dtype: torch.dtyp
 
     out = _run(*call, experts)
 
-    assert_close(out, reference.grouped_swiglu_experts(*call, *experts), dtype)
+    assert_close(out, reference.grouped_swiglu_experts(*call, experts), dtype)
 
 
 @settings(max_examples=20, deadline=None)
@@ -172,7 +161,7 @@ def test_any_routing_equals_the_reference(
     local_slots[torch.rand(10, generator=generator) > held] = -1
     dropped = (ids < 0) | (local_slots[ids.clamp(min=0)] < 0)
     experts, hidden = _experts(torch.float32), _hidden(rows, torch.float32)
-    expected = reference.grouped_swiglu_experts(hidden, ids, weights, *experts, local_slots)
+    expected = reference.grouped_swiglu_experts(hidden, ids, weights, experts, local_slots)
     weights[dropped] = torch.nan
 
     out = _run(hidden, ids, weights, experts, local_slots)
@@ -220,14 +209,14 @@ def test_a_nan_in_one_row_stays_there(row: int) -> None:
 
 
 def test_weights_may_be_parts_of_larger_tensors() -> None:
-    packed = torch.cat((_experts(torch.float32).gate, _experts(torch.float32).up), dim=1)
+    packed = torch.cat((_experts(torch.float32).gate_LIH, _experts(torch.float32).up_LIH), dim=1)
     experts = _experts(torch.float32)
-    views = Experts(packed[:, :20], packed[:, 20:], experts.down[:, :, :20])
+    views = ExpertMatrices(packed[:, :20], packed[:, 20:], experts.down_LHI[:, :, :20])
     call = (torch.randn(5, 60)[:, :48], *_routing(5, 2))
 
     out = _run(*call, views)
 
-    assert_close(out, reference.grouped_swiglu_experts(*call, *experts), torch.float32)
+    assert_close(out, reference.grouped_swiglu_experts(*call, experts), torch.float32)
 
 
 def _routed_on_device(rows: int, k: int) -> tuple[Route, torch.Tensor]:
@@ -249,10 +238,10 @@ def test_gate_up_equals_its_reference_and_leaves_padding_alone(dtype: torch.dtyp
     routed, _ = _routed_on_device(33, 2)
     tile = gate_up_tile(16, 48, 20, dtype.itemsize)
 
-    on_device = experts.on_device()
-    h_AI = gate_up(hidden.to(DEVICE), on_device.gate, on_device.up, routed, tile).cpu()
+    on_device = _on_device(experts)
+    h_AI = gate_up(hidden.to(DEVICE), on_device.gate_LIH, on_device.up_LIH, routed, tile).cpu()
 
-    expected = reference.gate_up(hidden, experts.gate, experts.up, _on_cpu(routed), tile)
+    expected = reference.gate_up(hidden, experts.gate_LIH, experts.up_LIH, _on_cpu(routed), tile)
     filled = _filled(_on_cpu(routed))
     assert_close(h_AI[filled], expected[filled], dtype)
     assert h_AI.isnan().all(dim=1).sum() == len(h_AI) - len(filled)
@@ -267,9 +256,9 @@ def test_down_equals_its_reference_and_leaves_padding_alone(dtype: torch.dtype) 
     h_AI = torch.full((len(routed.pairs), 20), torch.nan, dtype=dtype)
     h_AI[filled] = _hidden(len(filled), dtype, 20)
 
-    y_AH = down(h_AI.to(DEVICE), experts.down.to(DEVICE), weights, routed, tile).cpu()
+    y_AH = down(h_AI.to(DEVICE), experts.down_LHI.to(DEVICE), weights, routed, tile).cpu()
 
-    expected = reference.down(h_AI, experts.down, weights.cpu(), _on_cpu(routed), tile)
+    expected = reference.down(h_AI, experts.down_LHI, weights.cpu(), _on_cpu(routed), tile)
     assert_close(y_AH[filled], expected[filled], dtype)
     assert y_AH.isnan().all(dim=1).sum() == len(y_AH) - len(filled)
 
@@ -296,27 +285,27 @@ def test_a_wrong_shape_is_refused_by_name() -> None:
     h_AI = hidden.new_zeros(len(routed.pairs), 20)
 
     with pytest.raises(ValueError, match=r"hidden \(4, 47\), gate \(6, 20, 48\)"):
-        gate_up(hidden[:, 1:], experts.gate, experts.up, routed, tile)
+        gate_up(hidden[:, 1:], experts.gate_LIH, experts.up_LIH, routed, tile)
     with pytest.raises(ValueError, match=r"up is torch.float16; expected torch.float32"):
-        gate_up(hidden, experts.gate, experts.up.half(), routed, tile)
+        gate_up(hidden, experts.gate_LIH, experts.up_LIH.half(), routed, tile)
     with pytest.raises(ValueError, match="the last dimension contiguous"):
-        gate_up(hidden, experts.gate, experts.up.mT.contiguous().mT, routed, tile)
+        gate_up(hidden, experts.gate_LIH, experts.up_LIH.mT.contiguous().mT, routed, tile)
     with pytest.raises(ValueError, match="block_m 32; routed for 16"):
-        gate_up(hidden, experts.gate, experts.up, routed, tile._replace(block_m=32))
+        gate_up(hidden, experts.gate_LIH, experts.up_LIH, routed, tile._replace(block_m=32))
     with pytest.raises(ValueError, match=r"gate \(5, 20, 48\), .*expected \[R, H\], \[L=6, I, H\]"):
-        gate_up(hidden, experts.gate[1:], experts.up[1:], routed, tile)
+        gate_up(hidden, experts.gate_LIH[1:], experts.up_LIH[1:], routed, tile)
     with pytest.raises(ValueError, match=r"h \(3, 20\), down \(6, 48, 20\)"):
-        down(h_AI[:3], experts.down, weights, routed, tile)
+        down(h_AI[:3], experts.down_LHI, weights, routed, tile)
     with pytest.raises(ValueError, match=r"down \(5, 48, 20\), .*expected .*\[L=6, H, I\]"):
-        down(h_AI, experts.down[1:], weights, routed, tile)
+        down(h_AI, experts.down_LHI[1:], weights, routed, tile)
     with pytest.raises(ValueError, match=r"weights are torch\.float64"):
-        down(h_AI, experts.down, weights.double(), routed, tile)
+        down(h_AI, experts.down_LHI, weights.double(), routed, tile)
     with pytest.raises(ValueError, match=r"down is torch\.float16"):
-        down(h_AI, experts.down.half(), weights, routed, tile)
+        down(h_AI, experts.down_LHI.half(), weights, routed, tile)
     with pytest.raises(ValueError, match="the last dimension contiguous"):
-        down(h_AI, experts.down.mT.contiguous().mT, weights, routed, tile)
+        down(h_AI, experts.down_LHI.mT.contiguous().mT, weights, routed, tile)
     with pytest.raises(ValueError, match="block_m 32; routed for 16"):
-        down(h_AI, experts.down, weights, routed, tile._replace(block_m=32))
+        down(h_AI, experts.down_LHI, weights, routed, tile._replace(block_m=32))
     with pytest.raises(ValueError, match=r"y \(4,\), positions \(4, 2\)"):
         reduce(hidden[:, 0], routed.positions)
     with pytest.raises(ValueError, match="y has strides"):
