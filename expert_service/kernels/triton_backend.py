@@ -141,6 +141,8 @@ class TritonBackend:
         sums = []
         for stack in layer.stacks.values():
             pairs = likely_pairs(rows, k, stack.capacity, layer.experts)
+            w8a8 = self._w8a8 and stack.form.fp8
+            precision = stack.matrices.precision(w8a8)
             sums.append(
                 grouped_swiglu_experts(
                     batch.hidden_RH,
@@ -148,8 +150,8 @@ class TritonBackend:
                     batch.weights_RK,
                     stack.matrices,
                     stack.local_slots_E,
-                    block_m=choose_block_m(pairs, min(pairs, stack.capacity)),
-                    w8a8=self._w8a8 and stack.form.fp8,
+                    block_m=choose_block_m(pairs, min(pairs, stack.capacity), precision),
+                    w8a8=w8a8,
                 )
             )
         total_RH = sums[0]

@@ -70,8 +70,8 @@ def does_not_fit(
     weights = sum(size * count for (size, _), count in sizes.items())
     return ConfigError(
         f"{parts} = {_human(weights)} of weights and {_human(workspace)} to compute in need "
-        f"{_human(weights + workspace)}, but {device} has {_human(free)} free: use more shards, fewer "
-        "servers on this GPU, or a smaller dtype"
+        f"{_human(weights + workspace)}, but {device} has {_human(free)} free: use more shards, "
+        "fewer servers on this GPU, or a smaller dtype"
     )
 
 

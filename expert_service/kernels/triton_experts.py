@@ -11,6 +11,7 @@ import torch
 from expert_service.kernels.triton_down import down
 from expert_service.kernels.triton_gate_up import gate_up
 from expert_service.kernels.triton_matrices import ExpertMatrices
+from expert_service.kernels.triton_quantize import Rows, quantize
 from expert_service.kernels.triton_reduce import reduce
 from expert_service.kernels.triton_route import route
 from expert_service.kernels.triton_tiles import Tiles, choose_block_m, rule_tiles
@@ -30,18 +31,18 @@ def grouped_swiglu_experts(
 
     Ids are looked up in `local_slots_E` (see `route`), or are slots where it is None. `tiles` are
     the rule's unless given: for `block_m`, or for the number of pairs. With `w8a8`, for FP8 weights
-    only, activations are rounded to FP8 too. Nothing waits for the device.
+    only, x and h are rounded to FP8 too. Nothing waits for the device.
     """
-    if matrices.is_fp8 or w8a8:
-        raise ValueError(f"weights are {matrices.gate_LIH.dtype}; expected 16 or 32 bits")
-    num_slots, hidden_size, size = matrices.sizes
+    precision = matrices.precision(w8a8)
     if tiles is None:
+        num_slots, hidden_size, size = matrices.sizes
         if block_m is None:
             num_pairs = expert_ids_RK.numel()
-            block_m = choose_block_m(num_pairs, min(num_pairs, num_slots))
-        tiles = rule_tiles(block_m, hidden_size, size, hidden_RH.element_size())
+            block_m = choose_block_m(num_pairs, min(num_pairs, num_slots), precision)
+        tiles = rule_tiles(block_m, hidden_size, size, precision)
 
-    routed = route(expert_ids_RK, num_slots, tiles.gate_up.block_m, local_slots_E)
-    h_AI = gate_up(hidden_RH, matrices.gate_LIH, matrices.up_LIH, routed, tiles.gate_up)
-    y_AH = down(h_AI, matrices.down_LHI, weights_RK, routed, tiles.down)
+    routed = route(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
+    x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)
+    h = gate_up(x, matrices, routed, tiles.gate_up)
+    y_AH = down(h, matrices, weights_RK, routed, tiles.down, hidden_RH.dtype)
     return reduce(y_AH, routed.positions)

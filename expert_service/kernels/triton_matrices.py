@@ -10,9 +10,18 @@ from typing import NamedTuple
 
 import torch
 
+from expert_service.kernels.triton_tiles import Precision
+
 #: Rows, and columns, of FP8 weights that share a scale; columns of activations that do.
 SCALE_BLOCK = 128
 FP8 = torch.float8_e4m3fn
+
+_PRECISIONS: dict[torch.dtype, Precision] = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    FP8: "w8a16",
+}
 
 
 class ExpertMatrices(NamedTuple):
@@ -33,6 +42,14 @@ class ExpertMatrices(NamedTuple):
     def is_fp8(self) -> bool:
         """Whether the weights are FP8."""
         return self.gate_LIH.dtype == FP8
+
+    def precision(self, w8a8: bool = False) -> Precision:
+        """What is multiplied. ValueError for a dtype without kernels, or `w8a8` without FP8."""
+        dtype = self.gate_LIH.dtype
+        if dtype not in _PRECISIONS or (w8a8 and dtype != FP8):
+            wanted = str(FP8) if w8a8 else ", ".join(map(str, _PRECISIONS))
+            raise ValueError(f"weights are {dtype}; expected {wanted}")
+        return "w8a8" if w8a8 else _PRECISIONS[dtype]
 
     @property
     def sizes(self) -> tuple[int, int, int]:

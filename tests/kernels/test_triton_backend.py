@@ -387,7 +387,7 @@ def test_a_piece_is_large_enough_for_the_matrix_units(experts: int, k: int, rows
 @pytest.mark.parametrize("chunk", [1024, 4096, 8192])
 def test_every_tile_that_a_batch_may_use_is_warmed_up(chunk: int) -> None:
     def tiles(rows: range | list[int]) -> set[int]:
-        return {choose_block_m(likely_pairs(r, 9, 32, 257), 32) for r in rows}
+        return {choose_block_m(likely_pairs(r, 9, 32, 257), 32, "bf16") for r in rows}
 
     assert tiles(warm_rows(chunk)) == tiles(range(1, chunk + 1))
 
