@@ -14,7 +14,7 @@ from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_quantize import Rows, quantize
 from expert_service.kernels.triton_reduce import reduce
 from expert_service.kernels.triton_route import route
-from expert_service.kernels.triton_tiles import Tiles, choose_block_m, rule_tiles
+from expert_service.kernels.triton_tiles import Tiles, rule_tiles, rule_tiles_for
 
 
 def grouped_swiglu_experts(
@@ -35,11 +35,11 @@ def grouped_swiglu_experts(
     """
     precision = matrices.precision(w8a8)
     if tiles is None:
-        num_slots, hidden_size, size = matrices.sizes
+        _, hidden_size, size = matrices.sizes
         if block_m is None:
-            num_pairs = expert_ids_RK.numel()
-            block_m = choose_block_m(num_pairs, min(num_pairs, num_slots), precision)
-        tiles = rule_tiles(block_m, hidden_size, size, precision)
+            tiles = rule_tiles_for(expert_ids_RK.numel(), matrices.sizes, precision)
+        else:
+            tiles = rule_tiles(block_m, hidden_size, size, precision)
 
     routed = route(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
     x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)

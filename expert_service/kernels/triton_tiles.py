@@ -16,6 +16,10 @@ Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
 
 #: The smallest side of a tile that `tl.dot` takes.
 _MIN_SIDE = 16
+#: Of an H100 or H200.
+_MULTIPROCESSORS = 132
+#: Columns below which a program's loads are too small to hide their latency.
+_NARROWEST = 32
 
 
 class Tile(NamedTuple):
@@ -83,9 +87,33 @@ def rule_tiles(
     )
 
 
+def rule_tiles_for(num_pairs: int, sizes: tuple[int, int, int], precision: Precision) -> Tiles:
+    """Both tiles for that many pairs, on experts of `sizes` (L, H, I).
+
+    Where few pairs leave half of the multiprocessors idle, tiles get narrower. No sum changes:
+    columns move to other programs.
+    """
+    num_slots, hidden_size, size = sizes
+    active = min(num_pairs, num_slots)
+    block_m = choose_block_m(num_pairs, active, precision)
+    gate_up, down = rule_tiles(block_m, hidden_size, size, precision)
+    blocks = max(1, active, num_pairs // block_m)
+    if precision != "w8a8":  # whose programs compute 128 columns of h, or cannot round it
+        gate_up = _narrow(gate_up, blocks, size)
+    return Tiles(gate_up, _narrow(down, blocks, hidden_size))
+
+
 def next_power_of_2(value: int) -> int:
     """The smallest power of two that is at least `value`; 1 for 0."""
     return 1 << max(0, value - 1).bit_length()
+
+
+def _narrow(tile: Tile, blocks: int, columns: int) -> Tile:
+    """Fewer columns, until there are programs for more than half of the multiprocessors."""
+    block_n = tile.block_n
+    while block_n > _NARROWEST and 2 * blocks * -(-columns // block_n) <= _MULTIPROCESSORS:
+        block_n //= 2
+    return tile._replace(block_n=block_n)
 
 
 def _fit(tile: Tile, columns: int, summed: int, precision: Precision) -> Tile:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from expert_service.kernels.triton_tiles import Precision, choose_block_m, rule_tiles
+from expert_service.kernels.triton_tiles import (
+    Precision,
+    choose_block_m,
+    rule_tiles,
+    rule_tiles_for,
+)
 
 PRECISIONS: list[Precision] = ["fp32", "fp16", "bf16", "w8a16", "w8a8"]
 
@@ -61,3 +66,26 @@ def test_tiles_of_fp8_weights_lie_within_one_block_of_scales(
 def test_a_size_of_block_without_a_rule_is_refused(precision: Precision) -> None:
     with pytest.raises(ValueError, match="block_m is 8; expected one of"):
         rule_tiles(8, 7168, 2048, precision)
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "sizes", "gate_up_columns", "down_columns"),
+    [
+        (8, (8, 7168, 2048), 64, 128),  # 256 and 448 programs
+        (1, (8, 7168, 2048), 32, 64),  # one expert: 64 and 112
+        (2, (8, 4096, 14336), 64, 64),
+        (65536, (8, 7168, 2048), 128, 256),
+        (0, (8, 7168, 2048), 32, 64),
+        (4, (2, 40, 24), 32, 32),  # nothing to divide
+    ],
+)
+def test_few_pairs_get_narrow_tiles_so_that_no_multiprocessor_idles(
+    num_pairs: int, sizes: tuple[int, int, int], gate_up_columns: int, down_columns: int
+) -> None:
+    tiles = rule_tiles_for(num_pairs, sizes, "bf16")
+
+    assert (tiles.gate_up.block_n, tiles.down.block_n) == (gate_up_columns, down_columns)
+
+
+def test_w8a8_keeps_the_columns_that_share_a_scale_of_h() -> None:
+    assert rule_tiles_for(1, (8, 7168, 2048), "w8a8").gate_up.block_n == 128
