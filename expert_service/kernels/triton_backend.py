@@ -27,8 +27,9 @@ from expert_service.kernels.triton_backend_device import Device, Lane, Run
 from expert_service.kernels.triton_backend_memory import Format, does_not_fit, workspace_bytes
 from expert_service.kernels.triton_backend_pipeline import Pipeline
 from expert_service.kernels.triton_backend_stack import Stack
+from expert_service.kernels.triton_backend_tiles import TileChoice
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
-from expert_service.kernels.triton_tiles import choose_block_m
+from expert_service.kernels.triton_tiles import Tiles
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSpec, Slot
 
@@ -60,6 +61,7 @@ class TritonBackend:
         self._dtype = dtype
         self._device = device
         self._w8a8 = w8a8
+        self._tiles = TileChoice(device.chip)
         self._planned = Counter(self._format(slot, fp8) for slot, fp8 in planned.items())
         self._layers = {layer.index: _Layer(layer) for layer in spec.layers}
         self._usual_k = max(layer.k for layer in self._layers.values())
@@ -137,23 +139,19 @@ class TritonBackend:
 
     def _experts(self, layer: _Layer, batch: Batch, out_RH: torch.Tensor) -> None:
         """Starts the kernels for a batch on the device; nothing waits."""
-        rows, k = batch.ids_RK.shape
-        sums = []
-        for stack in layer.stacks.values():
-            pairs = likely_pairs(rows, k, stack.capacity, layer.experts)
-            w8a8 = self._w8a8 and stack.form.fp8
-            precision = stack.matrices.precision(w8a8)
-            sums.append(
-                grouped_swiglu_experts(
-                    batch.hidden_RH,
-                    batch.ids_RK,
-                    batch.weights_RK,
-                    stack.matrices,
-                    stack.local_slots_E,
-                    block_m=choose_block_m(pairs, min(pairs, stack.capacity), precision),
-                    w8a8=w8a8,
-                )
+        rows = len(batch.ids_RK)
+        sums = [
+            grouped_swiglu_experts(
+                batch.hidden_RH,
+                batch.ids_RK,
+                batch.weights_RK,
+                stack.matrices,
+                stack.local_slots_E,
+                tiles=self._choose_tiles(layer, stack, rows),
+                w8a8=self._is_w8a8(stack),
             )
+            for stack in layer.stacks.values()
+        ]
         total_RH = sums[0]
         if len(sums) > 1:
             total_RH = sums[0].float()
@@ -161,11 +159,23 @@ class TritonBackend:
                 total_RH += each_RH
         out_RH.copy_(total_RH)
 
+    def _choose_tiles(self, layer: _Layer, stack: Stack, rows: int) -> Tiles:
+        pairs = likely_pairs(rows, layer.k, stack.capacity, layer.experts)
+        matrices = stack.matrices
+        return self._tiles.tiles(pairs, matrices.sizes, matrices.precision(self._is_w8a8(stack)))
+
+    def _is_w8a8(self, stack: Stack) -> bool:
+        return self._w8a8 and stack.form.fp8
+
     def _warm(self, layer: _Layer) -> None:
         """Compiles and claims: every tile that this layer may meet, on rows that ask nothing.
 
         The largest first: what it leaves in the allocator serves the others."""
-        for rows in reversed(warm_rows(self._chunk(layer))):
+
+        def tiles(rows: int) -> tuple[Tiles, ...]:
+            return tuple(self._choose_tiles(layer, s, rows) for s in layer.stacks.values())
+
+        for rows in warm_rows(self._chunk(layer), tiles):
             self._pieces(layer, layer.k, self._nothing(layer, rows))
 
     def _record(self, layer: _Layer) -> None:

@@ -7,6 +7,7 @@ padded with rows whose ids are -1, which cost a few empty blocks and no weights.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 
 #: Rows of the recorded graphs. Below 64 pairs an expert, time goes with weights read, not rows.
@@ -59,7 +60,8 @@ def split_rows(rows: int, chunk: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def warm_rows(chunk: int) -> list[int]:
-    """Numbers of rows that between them meet every tile a batch of up to `chunk` rows may use."""
-    return [*BUCKETS, *(1 << power for power in range(9, chunk.bit_length()) if 1 << power < chunk),
-            chunk]  # fmt: skip
+def warm_rows(chunk: int, tiles: Callable[[int], Hashable]) -> list[int]:
+    """Numbers of rows that between them meet every tile of a batch above the buckets and up to
+    `chunk` rows, the largest first; `tiles` says which one a number of rows gets."""
+    seen = {tiles(rows): rows for rows in range(BUCKETS[-1] + 1, chunk + 1)}
+    return sorted({chunk, *seen.values()}, reverse=True)

@@ -44,6 +44,7 @@ class Device(Protocol):
     """Where kernels run. Used by one thread."""
 
     name: str
+    chip: str  # as CUDA names it; empty where there is none
     torch_device: torch.device
     compiles: bool  # kernels must be warmed up before the first request
 
@@ -85,6 +86,7 @@ class InterpreterDevice:
     """The CPU under Triton's interpreter: everything happens at once, in order."""
 
     name = "cpu"
+    chip = ""
     torch_device = torch.device("cpu")
     compiles = False
 
@@ -117,6 +119,7 @@ class CudaDevice:
     compiles = True
 
     def __init__(self) -> None:
+        self.chip = torch.cuda.get_device_name(self.torch_device)
         self._streams = {lane: torch.cuda.Stream(self.torch_device) for lane in Lane}
         # One pool for every graph: they never run side by side, and what they leave in it is dead
         # by the time the next one starts, since results are written to buffers outside of it.

@@ -29,7 +29,8 @@ from expert_service.kernels.triton_backend_buckets import (
     warm_rows,
 )
 from expert_service.kernels.triton_backend_device import InterpreterDevice
-from expert_service.kernels.triton_tiles import choose_block_m
+from expert_service.kernels.triton_backend_tiles import TileChoice
+from expert_service.kernels.triton_tiles import Tiles, rule_tiles_for
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close
@@ -385,11 +386,28 @@ def test_a_piece_is_large_enough_for_the_matrix_units(experts: int, k: int, rows
 
 
 @pytest.mark.parametrize("chunk", [1024, 4096, 8192])
-def test_every_tile_that_a_batch_may_use_is_warmed_up(chunk: int) -> None:
-    def tiles(rows: range | list[int]) -> set[int]:
-        return {choose_block_m(likely_pairs(r, 9, 32, 257), 32, "bf16") for r in rows}
+def test_every_tile_that_a_large_batch_may_use_is_warmed_up(chunk: int) -> None:
+    choice = TileChoice("NVIDIA H200")
 
-    assert tiles(warm_rows(chunk)) == tiles(range(1, chunk + 1))
+    def tiles(rows: int) -> Tiles:
+        return choice.tiles(likely_pairs(rows, 9, 8, 257), (8, 7168, 2048), "bf16")
+
+    warmed = warm_rows(chunk, tiles)
+
+    assert {tiles(rows) for rows in warmed} == {tiles(rows) for rows in range(257, chunk + 1)}
+    assert warmed[0] == chunk
+    assert len(warmed) <= 12
+
+
+def test_tiles_come_from_the_table_of_the_shard_and_else_from_the_rule() -> None:
+    choice = TileChoice("NVIDIA H200")
+    sizes = (8, 7168, 2048)
+    table = choice.table(sizes, "bf16")
+
+    assert table is not None
+    assert choice.tiles(8, sizes, "bf16") == table.tiles(8, 8)
+    assert choice.table((8, 48, 20), "fp32") is None
+    assert choice.tiles(8, (8, 48, 20), "fp32") == rule_tiles_for(8, (8, 48, 20), "fp32")
 
 
 @pytest.mark.parametrize(
