@@ -27,5 +27,13 @@ def facts() -> dict[str, object]:
         "memory GiB": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30,
         "load average before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **{name: version(name) for name in _PACKAGES},
     }
+
+
+def version(package: str) -> str:
+    """Of an installed package; a GPU machine may have no Ray."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

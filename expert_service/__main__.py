@@ -27,9 +27,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--controller", default="", help="load controller, host:port")
     parser.add_argument("--host", default="127.0.0.1", help="address that routers can reach")
     parser.add_argument("--port", type=int, default=0, help="0 for any free port")
-    parser.add_argument("--backend", default="auto", help="auto, onednn or reference")
+    parser.add_argument("--backend", default="auto", help="auto, onednn, reference or triton")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    parser.add_argument(
+        "--weights", default="auto", help="of FP8 checkpoints: fp8-w8a16, fp8-w8a8 or dequantised"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for computing")
     return parser.parse_args(argv)
 
@@ -57,6 +60,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         dtype=arguments.dtype,
         threads=arguments.threads,
+        weights=arguments.weights,
         rpc=RpcConfig(port=arguments.port),
     )
     await run_until_signal(

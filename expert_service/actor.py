@@ -32,6 +32,7 @@ class ExpertServerOptions:
     device: str = "auto"
     dtype: str = "auto"
     threads: int = 1
+    weights: str = "auto"
     host: str = ""  # address to advertise; empty for the node's
 
 
@@ -74,6 +75,7 @@ class ExpertServerHost:
                 device=options.device,
                 dtype=options.dtype,
                 threads=options.threads,
+                weights=options.weights,
             )
             await server.start()
         except MeshError as error:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from expertmesh.model import ExpertWeights, Slot
+from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
 
 class Backend(Protocol):
@@ -17,8 +17,13 @@ class Backend(Protocol):
         """Backend and device, for example "onednn/cpu"."""
         ...
 
-    def load(self, slot: Slot, weights: ExpertWeights) -> None:
-        """Takes one expert's weights, in the dtype they shall compute in.
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether `load` takes FP8 weights with their scales, and keeps them so."""
+        ...
+
+    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
+        """Takes one expert's weights, in the dtype they shall compute in, or FP8.
 
         The backend may keep the tensors or a packed copy; the caller drops its references.
         Raises ConfigError when they do not fit the device's memory.

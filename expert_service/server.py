@@ -21,7 +21,7 @@ from expert_service.shard import ExpertShard
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import ExpertConfig, RpcConfig
 from expertmesh.errors import ConfigError, MeshError
-from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Slot
+from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Fp8ExpertWeights, Slot
 from expertmesh.placement import group_by_layer
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.session import Admission, internal
@@ -64,15 +64,26 @@ class ExpertServer:
         device: str = "auto",
         dtype: str = "auto",
         threads: int = 1,
+        weights: str = "auto",
         rpc: RpcConfig | None = None,
         config: ExpertConfig | None = None,
     ) -> None:
-        """Raises ConfigError for slots, backends or dtypes that cannot be."""
+        """`weights` says what becomes of an FP8 checkpoint's: see `kernels.WEIGHTS`.
+
+        Raises ConfigError for slots, backends, dtypes or weights that cannot be."""
         config, rpc = config or ExpertConfig(), rpc or RpcConfig()
         self._checkpoint = checkpoint
         self._placing = placing
         self._dtype = parse_dtype(dtype, checkpoint)
-        self._backend = create_backend(backend, device, self._dtype, checkpoint.spec, threads)
+        self._backend = create_backend(
+            backend,
+            device,
+            self._dtype,
+            checkpoint.spec,
+            threads,
+            weights=weights,
+            planned={slot: checkpoint.is_fp8(slot) for slot in slots},
+        )
         self.shard = ExpertShard(checkpoint.spec, slots, self._backend)
         self._planned = group_by_layer(slots)
         self._runner = DeviceRunner(self.shard, threads, config)
@@ -128,7 +139,9 @@ class ExpertServer:
             _log.info("%s ready at %s: %d slots", self._placing.server_id, self.endpoint,
                       len(self.shard.slots))  # fmt: skip
 
-    def _read_expert(self, slot: Slot) -> ExpertWeights:
+    def _read_expert(self, slot: Slot) -> ExpertWeights | Fp8ExpertWeights:
+        if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):
+            return self._checkpoint.read_fp8_expert(slot, self._dtype)
         return self._checkpoint.read_expert(slot, self._dtype)
 
     def _on_slot(self, slot: Slot) -> None:

@@ -15,18 +15,20 @@ import torch
 
 from expert_service.backend import Backend
 from expertmesh.checkpoint import slot_digest
+from expertmesh.checkpoint.fp8 import KERNEL_BLOCK
 from expertmesh.errors import (
     ConfigError,
     InvalidRequestError,
     SlotNotHeldError,
     UnknownLayerError,
 )
-from expertmesh.model import ExpertWeights, LayerSpec, ModelSpec, Slot
+from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSpec, Slot
 
 #: Memory is given back to the system after this many bytes of weights were loaded.
 _TRIM_EVERY_BYTES = 32 * 2**20
 _Ids = npt.NDArray[np.int32]
 _NAMED = 8  # experts that an error names: enough to look for, few enough for a header
+_Weights = ExpertWeights | Fp8ExpertWeights
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,7 +58,7 @@ class ExpertShard:
         return dict(self._digests)
 
     def load(
-        self, read_expert: Callable[[Slot], ExpertWeights], on_slot: Callable[[Slot], None]
+        self, read_expert: Callable[[Slot], _Weights], on_slot: Callable[[Slot], None]
     ) -> None:
         """Loads the planned slots one after the other and warms the backend up.
 
@@ -73,13 +75,13 @@ class ExpertShard:
         _return_free_memory()
         self._backend.finish_loading()
 
-    def _read_and_add(self, slot: Slot, read_expert: Callable[[Slot], ExpertWeights]) -> int:
+    def _read_and_add(self, slot: Slot, read_expert: Callable[[Slot], _Weights]) -> int:
         """Adds one slot and returns its bytes; its weights are gone when this returns."""
         weights = read_expert(slot)
         self.add(slot, weights)
         return sum(matrix.nbytes for matrix in weights)
 
-    def add(self, slot: Slot, weights: ExpertWeights) -> None:
+    def add(self, slot: Slot, weights: _Weights) -> None:
         """Takes one more slot; its count starts, or goes on, where it was.
 
         Raises ConfigError for a slot that is held already or that the model does not have, and
@@ -90,7 +92,7 @@ class ExpertShard:
             raise ConfigError(f"{slot} is held already")
         self._check_weights(slot, weights)
         # Once, for the digest and the backend both.
-        weights = ExpertWeights(*(matrix.detach().contiguous() for matrix in weights))
+        weights = type(weights)(*(matrix.detach().contiguous() for matrix in weights))
         digest = slot_digest(weights)
         self._backend.load(slot, weights)
         self._digests[slot] = digest
@@ -168,9 +170,11 @@ class ExpertShard:
         if state is None or not 0 <= slot.expert < len(state.held_E) - 1:
             raise ConfigError(f"{slot} is not an expert of this {self._spec.model_type} model")
 
-    def _check_weights(self, slot: Slot, weights: ExpertWeights) -> None:
+    def _check_weights(self, slot: Slot, weights: _Weights) -> None:
         hidden, width = self._spec.hidden_size, self._layers[slot.layer].spec.width(slot.expert)
-        expected = ((width, hidden), (width, hidden), (hidden, width))
+        expected = [(width, hidden), (width, hidden), (hidden, width)]
+        if isinstance(weights, Fp8ExpertWeights):
+            expected += [KERNEL_BLOCK.grid(shape) for shape in expected]
         for name, matrix, shape in zip(weights._fields, weights, expected, strict=True):
             if tuple(matrix.shape) != shape:
                 raise ConfigError(f"{slot}: {name} is {list(matrix.shape)}, not {list(shape)}")

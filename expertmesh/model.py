@@ -112,6 +112,20 @@ class ExpertWeights(NamedTuple):
     down: torch.Tensor  # [H, I]
 
 
+class Fp8ExpertWeights(NamedTuple):
+    """One SwiGLU expert as DeepSeek stores it: float8 e4m3, w = q * scale.
+
+    A scale is float32 and belongs to a block of 128 rows and 128 columns, ragged at the edges.
+    """
+
+    gate: torch.Tensor  # [I, H]
+    up: torch.Tensor  # [I, H]
+    down: torch.Tensor  # [H, I]
+    gate_scale: torch.Tensor  # [ceil(I / 128), ceil(H / 128)]
+    up_scale: torch.Tensor
+    down_scale: torch.Tensor  # [ceil(H / 128), ceil(I / 128)]
+
+
 class GateWeights(NamedTuple):
     """What a router needs of one MoE layer."""
 

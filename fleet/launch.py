@@ -17,7 +17,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expert_service.actor import ExpertServerActor, ExpertServerOptions
-from expert_service.kernels import BACKENDS
+from expert_service.kernels import BACKENDS, WEIGHTS
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
@@ -98,6 +98,7 @@ def launch(
     *,
     routers: int = 1,
     backend: str = "auto",
+    weights: str = "auto",
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -107,6 +108,7 @@ def launch(
     Without `ray_address` a Ray of its own starts on this machine; with it ("auto" or "host:port")
     the servers spread over the nodes of that cluster, each of which must see the checkpoint under
     the same path. `port` 0 takes any free one; with several `routers` they get consecutive ports.
+    `weights` says what becomes of an FP8 checkpoint's: see `expert_service.kernels.WEIGHTS`.
     `progress` is called with the router's view while servers load, an empty one while the router
     does not answer; what it raises ends the start. Raises ConfigError and
     CheckpointError; nothing is left behind then.
@@ -123,6 +125,8 @@ def launch(
         raise ConfigError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, expected auto, cpu or cuda")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
     balance = BalanceConfig.of(balance)
     with Checkpoint.open(path) as opened:
         spec, run_dtype = opened.spec, parse_dtype(dtype, opened)
@@ -143,6 +147,7 @@ def launch(
             device=device,
             dtype=dtype,
             threads=request.threads,
+            weights=weights,
             host=host,
         )
         cluster.servers = start_servers(parts, replicas, request, template)

@@ -16,6 +16,7 @@ from expertmesh.model import ModelSpec, Slot
 SERVICE_CPUS = 0.01
 _LOADING_FACTOR = 1.3  # a server's peak while it loads, over its packed shard
 _BASE_BYTES = 512 << 20  # Python, torch, gRPC and Ray in one process
+_CUDA_BYTES = 2 << 30  # CUDA's libraries and pinned memory; an allowance, not measured
 _OURS = 0.9  # of each node's CPUs: the rest is for a second cluster, or somebody's small task
 _CUT = 100  # Ray counts hundredths of a CPU exactly
 
@@ -59,20 +60,28 @@ def plan_request(
     memory or GPUs do not suffice.
     """
     servers = len(parts) * replicas
-    largest = max(shard_bytes(spec, part, dtype) for part in parts)
-    memory = int(largest * _LOADING_FACTOR) + _BASE_BYTES
-    fits = sum(int(node.memory_bytes // memory) for node in nodes)
-    if fits < servers:
+    base, held, gpus = _BASE_BYTES, parts, 0.0
+    room = [servers] * len(nodes)  # servers that each node has GPUs for
+    if device == "cuda":
+        gpus = _gpus(nodes, servers)
+        room = [int(node.gpus) * round(1 / gpus) for node in nodes]
+        # One expert at a time passes through the host.
+        base, held = _BASE_BYTES + _CUDA_BYTES, [[slot] for part in parts for slot in part]
+    largest = max(shard_bytes(spec, part, dtype) for part in held)
+    memory = int(largest * _LOADING_FACTOR) + base
+    room = [min(n, int(node.memory_bytes // memory)) for n, node in zip(room, nodes, strict=True)]
+    if sum(room) < servers:
         have = ", ".join(f"{node.name}: {node.memory_bytes / 2**30:.1f} GiB" for node in nodes)
+        what = "an expert" if device == "cuda" else "a shard"
         raise ConfigError(
-            f"{servers} expert servers of {memory / 2**30:.1f} GiB each (a shard of "
+            f"{servers} expert servers of {memory / 2**30:.1f} GiB each ({what} of "
             f"{largest / 2**30:.1f} GiB x {_LOADING_FACTOR} while loading, and "
-            f"{_BASE_BYTES / 2**30:.1f} GiB) do not fit on {have}: use more shards or fewer "
+            f"{base / 2**30:.1f} GiB) do not fit on {have}: use more shards or fewer "
             "replicas, a smaller dtype, or more nodes"
         )
     kept = services * SERVICE_CPUS  # on every node: which one the services live on is Ray's to say
-    cpus = _equal_share([max(0.0, node.cpus * _OURS - kept) for node in nodes], servers)
-    gpus = _gpus(nodes, servers) if device == "cuda" else 0.0
+    available = [max(0.0, node.cpus * _OURS - kept) for node in nodes]
+    cpus = _equal_share(available, room, servers)
     return Request(cpus, memory, gpus, max(1, round(cpus / _OURS)))
 
 
@@ -98,14 +107,20 @@ def _gpus(nodes: Sequence[Node], servers: int) -> float:
     return 1.0 / per_gpu
 
 
-def _equal_share(available: Sequence[float], servers: int) -> float:
-    """The largest equal request of which `servers` fit, in hundredths; at least one hundredth."""
+def _equal_share(available: Sequence[float], room: Sequence[int], servers: int) -> float:
+    """The largest equal request of which `servers` fit, at most `room` on each node, in
+    hundredths; at least one hundredth."""
     candidates = {
         math.floor(cpus * _CUT / count) / _CUT
         for cpus in available
         for count in range(1, servers + 1)
     }
     for share in sorted(candidates, reverse=True):
-        if share > 0 and sum(int(cpus / share + 1e-9) for cpus in available) >= servers:
-            return share
+        if share > 0:
+            fit = (
+                min(most, int(cpus / share + 1e-9))
+                for cpus, most in zip(available, room, strict=True)
+            )
+            if sum(fit) >= servers:
+                return share
     return 1.0 / _CUT

@@ -27,6 +27,13 @@ _EXIT_S = 10.0  # how long a process that was told to stop may take
 _HELPER = "multiprocessing.resource_tracker"
 
 
+@pytest.fixture(autouse=True)
+def gpu_tests_need_a_gpu(request: pytest.FixtureRequest) -> None:
+    """Skips tests marked `gpu` where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left_behind() -> Iterator[None]:
     """Fails the session when a process that a test started outlives it."""

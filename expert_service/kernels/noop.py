@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from expertmesh.model import ExpertWeights, Slot
+from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
 _ROWS = 64
 
@@ -15,12 +15,14 @@ _ROWS = 64
 class NoopBackend:
     """Keeps no weights. Its answers are no model's: it is never chosen by "auto"."""
 
+    takes_fp8 = False
+
     @property
     def name(self) -> str:
         """See Backend."""
         return "noop/cpu"
 
-    def load(self, slot: Slot, weights: ExpertWeights) -> None:
+    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """See Backend."""
 
     def drop(self, slot: Slot) -> None:

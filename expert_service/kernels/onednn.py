@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from expert_service.kernels.grouping import Grouping, group_by_expert, sum_by_row
-from expertmesh.model import ExpertWeights, ModelSpec, Slot
+from expertmesh.model import ExpertWeights, Fp8ExpertWeights, ModelSpec, Slot
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ class OneDnnBackend:
     """Implements `Backend` on the CPU. Not thread-safe; buffers are reused between calls."""
 
     name = "onednn/cpu"
+    takes_fp8 = False
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, threads: int) -> None:
         """Computes in `dtype` where the CPU can, else in float32, with `threads` threads."""
@@ -105,8 +106,9 @@ class OneDnnBackend:
         if self._dtype != dtype:
             _LOG.warning("this CPU cannot compute in %s: using %s", dtype, self._dtype)
 
-    def load(self, slot: Slot, weights: ExpertWeights) -> None:
+    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """Packs one expert's matrices; nothing of `weights` is kept."""
+        assert isinstance(weights, ExpertWeights)  # as `takes_fp8` says
         matrices = [matrix.detach().to(self._dtype).contiguous() for matrix in weights]
         if self._packed:
             matrices = [torch.ops.mkldnn._reorder_linear_weight(m, None) for m in matrices]

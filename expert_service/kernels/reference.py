@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from expertmesh.model import ExpertWeights, Slot
+from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
 
 def swiglu(hidden_RH: torch.Tensor, weights: ExpertWeights) -> torch.Tensor:
@@ -25,12 +25,14 @@ class ReferenceBackend:
     """Implements `Backend` pair by pair in float32; only the result is rounded."""
 
     name = "reference/cpu"
+    takes_fp8 = False
 
     def __init__(self) -> None:
         self._experts: dict[Slot, ExpertWeights] = {}
 
-    def load(self, slot: Slot, weights: ExpertWeights) -> None:
+    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """Keeps the tensors as they are."""
+        assert isinstance(weights, ExpertWeights)  # as `takes_fp8` says
         self._experts[slot] = weights
 
     def drop(self, slot: Slot) -> None:

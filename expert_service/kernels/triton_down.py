@@ -3,8 +3,8 @@
     y[a] = weights[r, k] * (W_down[e] @ h[a])     (r, k), e: pair and slot of sorted position a
 
 R rows, H hidden size, I intermediate size, L slots, K experts asked per row, A sorted positions
-(see `triton_route`). The sum and the weight are float32, rounded once. Every position has one
-writer: no atomics, so equal inputs give equal bits.
+(see `triton_route`). The sum and the weight are float32, rounded once; FP8 is as in
+`triton_gate_up`. Every position has one writer: no atomics, so equal inputs give equal bits.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
+from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
+from expert_service.kernels.triton_quantize import Rows
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 
@@ -22,7 +25,9 @@ from expert_service.kernels.triton_tiles import Tile
 @triton.jit(do_not_specialize=["num_blocks"])
 def _down_kernel(
     h_ptr,
+    h_scale_ptr,  # None where h is not FP8
     down_ptr,
+    down_scale_ptr,  # None where the weights are not FP8
     weights_ptr,
     y_ptr,
     pairs_ptr,
@@ -38,6 +43,7 @@ def _down_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
 ):
     # Blocks of one group run side by side, column by column: those of one slot share its weights.
     COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
@@ -62,6 +68,10 @@ def _down_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     h_ptrs = h_ptr + position[:, None] * stride_ha + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     down_ptrs = down_ptr + slot * stride_dl + safe_n[None, :] * stride_dh + offs_k[:, None]
+    # A tile lies within one block of scales, both ways.
+    ROW_SCALES: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK
+    SLOT_SCALES: tl.constexpr = ROW_SCALES * ((H + SCALE_BLOCK - 1) // SCALE_BLOCK)
+    scales = slot * SLOT_SCALES + column * BLOCK_N // SCALE_BLOCK * ROW_SCALES
 
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, I, BLOCK_K):
@@ -72,7 +82,14 @@ def _down_kernel(
             inner = offs_k < I - k
             h = tl.load(h_ptrs + k, mask=valid[:, None] & inner[None, :], other=0.0)
             down_w = tl.load(down_ptrs + k, mask=inner[:, None], other=0.0)
-        y = tl.dot(h, down_w, y, input_precision="ieee")
+        if down_scale_ptr is None:
+            y = tl.dot(h, down_w, y, input_precision="ieee")
+        else:
+            scale = tl.load(down_scale_ptr + scales + k // SCALE_BLOCK)
+            if h_scale_ptr is not None:
+                h_scales = h_scale_ptr + position * ROW_SCALES + k // SCALE_BLOCK
+                scale = tl.load(h_scales, mask=valid, other=0.0)[:, None] * scale
+            y += tl.dot(h, down_w.to(h.dtype), input_precision="ieee") * scale
 
     y = y * weight[:, None]
     y_ptrs = y_ptr + position[:, None] * H + offs_n[None, :]
@@ -81,25 +98,28 @@ def _down_kernel(
 
 
 def down(
-    h_AI: torch.Tensor,
-    down_LHI: torch.Tensor,
+    h: Rows,
+    matrices: ExpertMatrices,
     weights_RK: torch.Tensor,
     routed: Route,
     tile: Tile,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """y [A, H] in `h_AI`'s dtype; undefined at positions that are padding.
+    """y [A, H] in `dtype`; undefined at positions that are padding.
 
     `weights_RK` is float32; nobody reads the weight of a pair that is not held. The last dimension
-    of each input must be contiguous; `h_AI` and `down_LHI` have one dtype.
+    of each input must be contiguous.
     """
-    _check(h_AI, down_LHI, weights_RK, routed, tile)
-    size = down_LHI.shape[1]
-    y_AH = h_AI.new_empty(len(h_AI), size)
+    _check(h, matrices, weights_RK, routed, tile)
+    h_AI, (_, H, size) = h.values_NC, matrices.down_LHI.shape
+    y_AH = torch.empty(len(h_AI), H, dtype=dtype, device=h_AI.device)
     num_blocks = len(routed.block_rows)
     if y_AH.numel():
-        _down_kernel[(num_blocks * triton.cdiv(size, tile.block_n),)](
+        _down_kernel[(num_blocks * triton.cdiv(H, tile.block_n),)](
             h_AI,
-            down_LHI,
+            h.scale_NB,
+            matrices.down_LHI,
+            matrices.down_scale_LBC,
             weights_RK,
             y_AH,
             routed.pairs,
@@ -107,13 +127,14 @@ def down(
             routed.block_rows,
             num_blocks,
             h_AI.stride(0),
-            *down_LHI.stride()[:2],
-            H=size,
-            I=h_AI.shape[1],
+            *matrices.down_LHI.stride()[:2],
+            H=H,
+            I=size,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             GROUP_M=tile.group_m,
+            SCALE_BLOCK=SCALE_BLOCK,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -121,12 +142,9 @@ def down(
 
 
 def _check(
-    h_AI: torch.Tensor,
-    down_LHI: torch.Tensor,
-    weights_RK: torch.Tensor,
-    routed: Route,
-    tile: Tile,
+    h: Rows, matrices: ExpertMatrices, weights_RK: torch.Tensor, routed: Route, tile: Tile
 ) -> None:
+    h_AI, down_LHI = h.values_NC, matrices.down_LHI
     shapes = (
         f"h {tuple(h_AI.shape)}, down {tuple(down_LHI.shape)}, "
         f"weights {tuple(weights_RK.shape)}, positions {tuple(routed.positions.shape)}"
@@ -147,13 +165,6 @@ def _check(
             f"weights are {weights_RK.dtype} with strides {weights_RK.stride()}; expected "
             "contiguous float32"
         )
-    for name, tensor in (("h", h_AI), ("down", down_LHI)):
-        if tensor.dtype != h_AI.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}; expected {h_AI.dtype} as of h")
-        if tensor.numel() and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; expected the last "
-                "dimension contiguous"
-            )
-    if tile.block_m != routed.block_m:
-        raise ValueError(f"the tile has block_m {tile.block_m}; routed for {routed.block_m}")
+    check_rows("h", h, down_LHI)
+    check_matrix("down", down_LHI, matrices.down_scale_LBC, down_LHI.dtype)
+    check_tile(tile, routed, down_LHI)

@@ -10,33 +10,39 @@ import torch
 
 from expert_service.kernels.triton_down import down
 from expert_service.kernels.triton_gate_up import gate_up
+from expert_service.kernels.triton_matrices import ExpertMatrices
+from expert_service.kernels.triton_quantize import Rows, quantize
 from expert_service.kernels.triton_reduce import reduce
 from expert_service.kernels.triton_route import route
-from expert_service.kernels.triton_tiles import choose_block_m, down_tile, gate_up_tile
+from expert_service.kernels.triton_tiles import Tiles, rule_tiles, rule_tiles_for
 
 
 def grouped_swiglu_experts(
     hidden_RH: torch.Tensor,
     expert_ids_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    gate_LIH: torch.Tensor,
-    up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
+    matrices: ExpertMatrices,
     local_slots_E: torch.Tensor | None = None,
     block_m: int | None = None,
+    tiles: Tiles | None = None,
+    w8a8: bool = False,
 ) -> torch.Tensor:
     """out [R, H] in `hidden_RH`'s dtype; zeros for a row of which nothing is held.
 
-    Ids are looked up in `local_slots_E` (see `route`), or are slots where it is None. `block_m` is
-    chosen from the number of pairs unless given. Nothing waits for the device.
+    Ids are looked up in `local_slots_E` (see `route`), or are slots where it is None. `tiles` are
+    the rule's unless given: for `block_m`, or for the number of pairs. With `w8a8`, for FP8 weights
+    only, x and h are rounded to FP8 too. Nothing waits for the device.
     """
-    num_slots, size, hidden_size = gate_LIH.shape
-    if block_m is None:
-        num_pairs = expert_ids_RK.numel()
-        block_m = choose_block_m(num_pairs, min(num_pairs, num_slots))
-    sizes = (block_m, hidden_size, size, hidden_RH.element_size())
+    precision = matrices.precision(w8a8)
+    if tiles is None:
+        _, hidden_size, size = matrices.sizes
+        if block_m is None:
+            tiles = rule_tiles_for(expert_ids_RK.numel(), matrices.sizes, precision)
+        else:
+            tiles = rule_tiles(block_m, hidden_size, size, precision)
 
-    routed = route(expert_ids_RK, num_slots, block_m, local_slots_E)
-    h_AI = gate_up(hidden_RH, gate_LIH, up_LIH, routed, gate_up_tile(*sizes))
-    y_AH = down(h_AI, down_LHI, weights_RK, routed, down_tile(*sizes))
+    routed = route(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
+    x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)
+    h = gate_up(x, matrices, routed, tiles.gate_up)
+    y_AH = down(h, matrices, weights_RK, routed, tiles.down, hidden_RH.dtype)
     return reduce(y_AH, routed.positions)

@@ -3,16 +3,20 @@
     h[a] = silu(W_gate[e] @ x[r]) * (W_up[e] @ x[r])     r, e: row and slot of sorted position a
 
 R rows, H hidden size, I intermediate size, L slots, K experts asked per row, A sorted positions
-(see `triton_route`). Both sums are kept in float32 and rounded once, after the product.
+(see `triton_route`). Both sums are kept in float32 and rounded once, after the product. FP8 weights
+are widened in registers, which is exact, and each block of 128 elements of a sum is multiplied by
+its scale in float32. FP8 rows (see `triton_quantize`) give FP8 rows.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Arguments of a kernel have no type that mypy knows.
 
-import torch
 import triton
 import triton.language as tl
 
+from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
+from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
+from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 
@@ -21,9 +25,13 @@ from expert_service.kernels.triton_tiles import Tile
 @triton.jit(do_not_specialize=["num_blocks"])
 def _gate_up_kernel(
     x_ptr,
+    x_scale_ptr,  # None where x is not FP8
     gate_ptr,
     up_ptr,
+    gate_scale_ptr,  # None where the weights are not FP8
+    up_scale_ptr,
     h_ptr,
+    h_scale_ptr,  # None where x is not FP8
     pairs_ptr,
     block_slots_ptr,
     block_rows_ptr,
@@ -40,6 +48,7 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
 ):
     # Blocks of one group run side by side, column by column: those of one slot share its weights.
     COLUMNS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
@@ -64,6 +73,10 @@ def _gate_up_kernel(
     x_ptrs = x_ptr + row[:, None] * stride_xr + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
     gate_ptrs = gate_ptr + slot * stride_gl + safe_n[None, :] * stride_gi + offs_k[:, None]
     up_ptrs = up_ptr + slot * stride_ul + safe_n[None, :] * stride_ui + offs_k[:, None]
+    # A tile lies within one block of scales, both ways.
+    ROW_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK
+    SLOT_SCALES: tl.constexpr = ROW_SCALES * ((I + SCALE_BLOCK - 1) // SCALE_BLOCK)
+    scales = slot * SLOT_SCALES + column * BLOCK_N // SCALE_BLOCK * ROW_SCALES
 
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -77,85 +90,99 @@ def _gate_up_kernel(
             x = tl.load(x_ptrs + k, mask=valid[:, None] & inner[None, :], other=0.0)
             gate_w = tl.load(gate_ptrs + k, mask=inner[:, None], other=0.0)
             up_w = tl.load(up_ptrs + k, mask=inner[:, None], other=0.0)
-        gate = tl.dot(x, gate_w, gate, input_precision="ieee")
-        up = tl.dot(x, up_w, up, input_precision="ieee")
+        if gate_scale_ptr is None:
+            gate = tl.dot(x, gate_w, gate, input_precision="ieee")
+            up = tl.dot(x, up_w, up, input_precision="ieee")
+        else:
+            gate_scale = tl.load(gate_scale_ptr + scales + k // SCALE_BLOCK)
+            up_scale = tl.load(up_scale_ptr + scales + k // SCALE_BLOCK)
+            if x_scale_ptr is not None:
+                x_scales = x_scale_ptr + row * ROW_SCALES + k // SCALE_BLOCK
+                x_scale = tl.load(x_scales, mask=valid, other=0.0)[:, None]
+                gate_scale = x_scale * gate_scale
+                up_scale = x_scale * up_scale
+            gate += tl.dot(x, gate_w.to(x.dtype), input_precision="ieee") * gate_scale
+            up += tl.dot(x, up_w.to(x.dtype), input_precision="ieee") * up_scale
 
     h = gate * tl.sigmoid(gate) * up
-    h_ptrs = h_ptr + position.to(tl.int64)[:, None] * I + offs_n[None, :]
+    position = position.to(tl.int64)
+    if h_scale_ptr is not None:
+        # Columns past the end repeat the last one: the largest value is not changed by them.
+        h_scale = block_scale(h)
+        h = round_e4m3(h / h_scale[:, None])
+        BLOCKS: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK
+        tl.store(h_scale_ptr + position * BLOCKS + column, h_scale, mask=valid)
+    h_ptrs = h_ptr + position[:, None] * I + offs_n[None, :]
     mask = valid[:, None] & (offs_n < I)[None, :]
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-def gate_up(
-    hidden_RH: torch.Tensor,
-    gate_LIH: torch.Tensor,
-    up_LIH: torch.Tensor,
-    routed: Route,
-    tile: Tile,
-) -> torch.Tensor:
-    """h [A, I] in `hidden_RH`'s dtype; undefined at positions that are padding.
+def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Rows:
+    """h [A, I] in the dtype of `x`, with scales if it has; undefined at positions of padding.
 
-    The last dimension of each input must be contiguous; all have one dtype.
+    The last dimension of each input must be contiguous. FP8 rows need a tile of 128 columns, since
+    128 columns of h share a scale.
     """
-    _check(hidden_RH, gate_LIH, up_LIH, routed, tile)
-    size = gate_LIH.shape[1]
-    h_AI = hidden_RH.new_empty(len(routed.pairs), size)
+    _check(x, matrices, routed, tile)
+    _, H, size = matrices.sizes
+    h_AI = x.values_NC.new_empty(len(routed.pairs), size)
+    h_scale_AB = None
+    if x.scale_NB is not None:
+        h_scale_AB = x.scale_NB.new_empty(len(h_AI), triton.cdiv(size, SCALE_BLOCK))
     num_blocks = len(routed.block_rows)
     if h_AI.numel():
         _gate_up_kernel[(num_blocks * triton.cdiv(size, tile.block_n),)](
-            hidden_RH,
-            gate_LIH,
-            up_LIH,
+            x.values_NC,
+            x.scale_NB,
+            matrices.gate_LIH,
+            matrices.up_LIH,
+            matrices.gate_scale_LBC,
+            matrices.up_scale_LBC,
             h_AI,
+            h_scale_AB,
             routed.pairs,
             routed.block_slots,
             routed.block_rows,
             num_blocks,
-            hidden_RH.stride(0),
-            *gate_LIH.stride()[:2],
-            *up_LIH.stride()[:2],
-            H=hidden_RH.shape[1],
+            x.values_NC.stride(0),
+            *matrices.gate_LIH.stride()[:2],
+            *matrices.up_LIH.stride()[:2],
+            H=H,
             I=size,
             K=routed.positions.shape[1],
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             GROUP_M=tile.group_m,
+            SCALE_BLOCK=SCALE_BLOCK,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return h_AI
+    return Rows(h_AI, h_scale_AB)
 
 
-def _check(
-    hidden_RH: torch.Tensor,
-    gate_LIH: torch.Tensor,
-    up_LIH: torch.Tensor,
-    routed: Route,
-    tile: Tile,
-) -> None:
+def _check(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> None:
+    gate_LIH, up_LIH = matrices.gate_LIH, matrices.up_LIH
     shapes = (
-        f"hidden {tuple(hidden_RH.shape)}, gate {tuple(gate_LIH.shape)}, "
+        f"hidden {tuple(x.values_NC.shape)}, gate {tuple(gate_LIH.shape)}, "
         f"up {tuple(up_LIH.shape)}, positions {tuple(routed.positions.shape)}"
     )
     fit = (
-        hidden_RH.dim() == 2
+        x.values_NC.dim() == 2
         and gate_LIH.dim() == 3
         and gate_LIH.shape == up_LIH.shape
-        and gate_LIH.shape[2] == hidden_RH.shape[1]
-        and routed.positions.shape[0] == hidden_RH.shape[0]
+        and gate_LIH.shape[2] == x.values_NC.shape[1]
+        and routed.positions.shape[0] == x.values_NC.shape[0]
         and routed.num_slots == gate_LIH.shape[0]
     )
     if not fit:
         wanted = f"[R, H], [L={routed.num_slots}, I, H], [L, I, H], [R, K]"
         raise ValueError(f"{shapes}; expected {wanted}")
-    for name, tensor in (("hidden", hidden_RH), ("gate", gate_LIH), ("up", up_LIH)):
-        if tensor.dtype != hidden_RH.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}; expected {hidden_RH.dtype} as of hidden")
-        if tensor.numel() and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} has strides {tensor.stride()}; expected the last "
-                "dimension contiguous"
-            )
-    if tile.block_m != routed.block_m:
-        raise ValueError(f"the tile has block_m {tile.block_m}; routed for {routed.block_m}")
+    check_rows("hidden", x, gate_LIH)
+    check_matrix("gate", gate_LIH, matrices.gate_scale_LBC, gate_LIH.dtype)
+    check_matrix("up", up_LIH, matrices.up_scale_LBC, gate_LIH.dtype)
+    check_tile(tile, routed, gate_LIH)
+    if x.scale_NB is not None and tile.block_n < min(SCALE_BLOCK, gate_LIH.shape[1]):
+        raise ValueError(
+            f"the tile has block_n {tile.block_n}; expected {SCALE_BLOCK}, which share a scale of h"
+        )

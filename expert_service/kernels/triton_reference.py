@@ -1,17 +1,18 @@
 """The truth for the Triton kernels: functions of the same names and arguments in slow torch.
 
 Sums are float32 and rounded where the kernels round. What a kernel leaves undefined is -1 or 0.
-R rows, K experts asked per row, H hidden size, I intermediate size, L slots, A sorted positions.
+R rows, K experts asked per row, H hidden size, I intermediate size, L slots, A sorted positions,
+N rows and C columns of any activations, B and C blocks of scales of a matrix.
 """
 
 from __future__ import annotations
 
 import torch
 
-from expert_service.kernels.reference import swiglu
+from expert_service.kernels.triton_matrices import FP8, SCALE_BLOCK, ExpertMatrices
+from expert_service.kernels.triton_quantize import Rows
 from expert_service.kernels.triton_route import Route, max_blocks
-from expert_service.kernels.triton_tiles import Tile
-from expertmesh.model import ExpertWeights
+from expert_service.kernels.triton_tiles import Tile, Tiles
 
 
 def route(
@@ -64,34 +65,58 @@ def _filled(routed: Route) -> list[tuple[int, int, int]]:
     ]
 
 
-def gate_up(
-    hidden_RH: torch.Tensor,
-    gate_LIH: torch.Tensor,
-    up_LIH: torch.Tensor,
-    routed: Route,
-    tile: Tile,
-) -> torch.Tensor:
+def quantize(x_NC: torch.Tensor) -> Rows:
+    """See `triton_quantize.quantize`."""
+    blocks = x_NC.float().split(SCALE_BLOCK, dim=1)
+    scales = [block.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 448 for block in blocks]
+    values = [(block / scale).to(FP8) for block, scale in zip(blocks, scales, strict=True)]
+    return Rows(torch.cat(values, dim=1), torch.cat(scales, dim=1))
+
+
+def dequantize(rows: Rows) -> torch.Tensor:
+    """float32 values of rows, FP8 or not."""
+    values_NC, scale_NB = rows
+    if scale_NB is None:
+        return values_NC.float()
+    return values_NC.float() * _spread(scale_NB, 1, values_NC.shape[1])
+
+
+def widen(matrix: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """float32 weights [L, rows, columns], of FP8 ones or others."""
+    if scale is None:
+        return matrix.float()
+    return matrix.float() * _spread(_spread(scale, 1, matrix.shape[1]), 2, matrix.shape[2])
+
+
+def _spread(scale: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    return scale.repeat_interleave(SCALE_BLOCK, dim=dim).narrow(dim, 0, size)
+
+
+def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Rows:
     """See `triton_gate_up.gate_up`."""
-    h_AI = hidden_RH.new_zeros(len(routed.pairs), gate_LIH.shape[1])
+    x_RH = dequantize(x)
+    gate_LIH = widen(matrices.gate_LIH, matrices.gate_scale_LBC)
+    up_LIH = widen(matrices.up_LIH, matrices.up_scale_LBC)
+    h_AI = torch.zeros(len(routed.pairs), gate_LIH.shape[1])
     for position, pair, slot in _filled(routed):
-        x_H = hidden_RH[pair // routed.positions.shape[1]].float()
-        gate_I = torch.nn.functional.silu(gate_LIH[slot].float() @ x_H)
-        h_AI[position] = gate_I * (up_LIH[slot].float() @ x_H)
-    return h_AI
+        x_H = x_RH[pair // routed.positions.shape[1]]
+        h_AI[position] = torch.nn.functional.silu(gate_LIH[slot] @ x_H) * (up_LIH[slot] @ x_H)
+    return Rows(h_AI.to(x.values_NC.dtype)) if x.scale_NB is None else quantize(h_AI)
 
 
 def down(
-    h_AI: torch.Tensor,
-    down_LHI: torch.Tensor,
+    h: Rows,
+    matrices: ExpertMatrices,
     weights_RK: torch.Tensor,
     routed: Route,
     tile: Tile,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """See `triton_down.down`."""
-    y_AH = h_AI.new_zeros(len(h_AI), down_LHI.shape[1])
+    h_AI, down_LHI = dequantize(h), widen(matrices.down_LHI, matrices.down_scale_LBC)
+    y_AH = torch.zeros(len(h_AI), down_LHI.shape[1], dtype=dtype)
     for position, pair, slot in _filled(routed):
-        y_H = down_LHI[slot].float() @ h_AI[position].float()
-        y_AH[position] = weights_RK.flatten()[pair] * y_H
+        y_AH[position] = weights_RK.flatten()[pair] * (down_LHI[slot] @ h_AI[position])
     return y_AH
 
 
@@ -109,18 +134,29 @@ def grouped_swiglu_experts(
     hidden_RH: torch.Tensor,
     expert_ids_RK: torch.Tensor,
     weights_RK: torch.Tensor,
-    gate_LIH: torch.Tensor,
-    up_LIH: torch.Tensor,
-    down_LHI: torch.Tensor,
+    matrices: ExpertMatrices,
     local_slots_E: torch.Tensor | None = None,
     block_m: int | None = None,
+    tiles: Tiles | None = None,
+    w8a8: bool = False,
 ) -> torch.Tensor:
-    """See `triton_experts.grouped_swiglu_experts`; nothing is rounded before the end."""
+    """See `triton_experts.grouped_swiglu_experts`.
+
+    Nothing is rounded before the end but what `w8a8` rounds to FP8.
+    """
+    matrices.precision(w8a8)
+    gate_LIH, up_LIH, down_LHI = (
+        widen(matrix, scale) for matrix, scale in zip(matrices[:3], matrices[3:], strict=True)
+    )
+    x_RH = dequantize(quantize(hidden_RH)) if w8a8 else hidden_RH.float()
     out_RH = torch.zeros(hidden_RH.shape)
     for row, experts in enumerate(expert_ids_RK.tolist()):
         for k, expert in enumerate(experts):
             slot = _slot(expert, local_slots_E)
             if 0 <= slot < len(gate_LIH):
-                weights = ExpertWeights(gate_LIH[slot], up_LIH[slot], down_LHI[slot])
-                out_RH[row] += weights_RK[row, k] * swiglu(hidden_RH[row : row + 1], weights)[0]
+                x_H = x_RH[row]
+                h_I = torch.nn.functional.silu(gate_LIH[slot] @ x_H) * (up_LIH[slot] @ x_H)
+                if w8a8:
+                    h_I = dequantize(quantize(h_I[None]))[0]
+                out_RH[row] += weights_RK[row, k] * (down_LHI[slot] @ h_I)
     return out_RH.to(hidden_RH.dtype)

@@ -1,60 +1,106 @@
 """Tile sizes of the grouped matrix products, from the number of pairs and experts.
 
-    BM = clamp(pow2(2 * assignments / active experts), 16, 128)
+    BM = clamp(pow2(2 * assignments / active experts), 16, largest)
 
 Twice the mean load of an expert, so that one of uneven load still fits in few blocks: weights are
-read once per block. No GPU was at hand when this was written: the table is a seed from kernels
-that others tuned on an H200, and a tuned table comes before it.
+read once per block. No GPU was at hand when this was written: the rule is a seed from kernels that
+others tuned on an H200, and a table (see `triton_tables`) comes before it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+#: What is multiplied: w8a16 are FP8 weights with 16-bit activations (or 32), w8a8 FP8 with FP8.
+Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
 
 #: The smallest side of a tile that `tl.dot` takes.
 _MIN_SIDE = 16
-_MAX_BLOCK_M = 128
-#: Bytes of one element that `_TILES` is written for; `block_k` shrinks for wider ones.
-_TABLE_ITEM_BYTES = 2
+#: Of an H100 or H200.
+_MULTIPROCESSORS = 132
+#: Columns below which a program's loads are too small to hide their latency.
+_NARROWEST = 32
 
 
 class Tile(NamedTuple):
     """How one grouped matrix product is cut up."""
 
     block_m: int  # rows: sorted pairs of one expert
-    block_n: int  # columns of the result
+    block_n: int  # columns of the result; of the first product, of each of both matrices
     block_k: int  # elements of the sum taken at a time
     group_m: int  # blocks of rows that run side by side over one block of columns
     num_warps: int
     num_stages: int
 
 
-#: By block_m, for 16-bit weights. `block_n` counts all columns that a program computes.
-_TILES = {
-    16: Tile(16, 128, 128, 1, 4, 4),
-    32: Tile(32, 128, 128, 16, 4, 3),
-    64: Tile(64, 128, 64, 16, 4, 3),
-    128: Tile(128, 256, 64, 16, 8, 4),
+class Tiles(NamedTuple):
+    """The tiles of both products, of one `block_m`: that is how pairs are sorted."""
+
+    gate_up: Tile
+    down: Tile
+
+
+# By block_m. The first product computes two matrices at once: half the columns of each.
+_16_BIT = {
+    16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
+    32: Tiles(Tile(32, 64, 128, 16, 4, 3), Tile(32, 128, 128, 16, 4, 3)),
+    64: Tiles(Tile(64, 64, 64, 16, 4, 3), Tile(64, 128, 64, 16, 4, 3)),
+    128: Tiles(Tile(128, 128, 64, 16, 8, 4), Tile(128, 256, 64, 16, 8, 4)),
+}
+# Sums are scaled every 128 elements, for which registers are too few at 128 rows.
+_W8A16 = {
+    16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
+    32: Tiles(Tile(32, 64, 128, 16, 4, 4), Tile(32, 128, 128, 16, 4, 4)),
+    64: Tiles(Tile(64, 64, 128, 16, 4, 3), Tile(64, 128, 128, 16, 4, 3)),
+}
+# 128 columns of h share a scale, so one program computes them.
+_W8A8 = {
+    16: Tiles(Tile(16, 128, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
+    32: Tiles(Tile(32, 128, 128, 16, 4, 4), Tile(32, 128, 128, 16, 4, 4)),
+    64: Tiles(Tile(64, 128, 128, 16, 8, 4), Tile(64, 128, 128, 16, 4, 4)),
+}
+_RULE: dict[Precision, dict[int, Tiles]] = {
+    "fp32": _16_BIT,
+    "fp16": _16_BIT,
+    "bf16": _16_BIT,
+    "w8a16": _W8A16,
+    "w8a8": _W8A8,
 }
 
 
-def choose_block_m(assignments: int, active_experts: int) -> int:
+def choose_block_m(assignments: int, active_experts: int, precision: Precision) -> int:
     """Rows of a block, for that many (row, expert) pairs on that many experts."""
     mean_twice = -(-2 * assignments // max(1, active_experts))
-    return min(max(next_power_of_2(mean_twice), _MIN_SIDE), _MAX_BLOCK_M)
+    return min(max(next_power_of_2(mean_twice), _MIN_SIDE), max(_RULE[precision]))
 
 
-def gate_up_tile(block_m: int, hidden_size: int, intermediate_size: int, item_bytes: int) -> Tile:
-    """The tile of the first product: each program computes `block_n` columns of both matrices."""
-    tile = _TILES[block_m]
-    return _fit(
-        tile._replace(block_n=tile.block_n // 2), intermediate_size, hidden_size, item_bytes
+def rule_tiles(
+    block_m: int, hidden_size: int, intermediate_size: int, precision: Precision
+) -> Tiles:
+    """Both tiles of that many rows, no larger than the matrices."""
+    if block_m not in _RULE[precision]:
+        raise ValueError(f"block_m is {block_m}; expected one of {list(_RULE[precision])}")
+    gate_up, down = _RULE[precision][block_m]
+    return Tiles(
+        _fit(gate_up, intermediate_size, hidden_size, precision),
+        _fit(down, hidden_size, intermediate_size, precision),
     )
 
 
-def down_tile(block_m: int, hidden_size: int, intermediate_size: int, item_bytes: int) -> Tile:
-    """The tile of the second product."""
-    return _fit(_TILES[block_m], hidden_size, intermediate_size, item_bytes)
+def rule_tiles_for(num_pairs: int, sizes: tuple[int, int, int], precision: Precision) -> Tiles:
+    """Both tiles for that many pairs, on experts of `sizes` (L, H, I).
+
+    Where few pairs leave half of the multiprocessors idle, tiles get narrower. No sum changes:
+    columns move to other programs.
+    """
+    num_slots, hidden_size, size = sizes
+    active = min(num_pairs, num_slots)
+    block_m = choose_block_m(num_pairs, active, precision)
+    gate_up, down = rule_tiles(block_m, hidden_size, size, precision)
+    blocks = max(1, active, num_pairs // block_m)
+    if precision != "w8a8":  # whose programs compute 128 columns of h, or cannot round it
+        gate_up = _narrow(gate_up, blocks, size)
+    return Tiles(gate_up, _narrow(down, blocks, hidden_size))
 
 
 def next_power_of_2(value: int) -> int:
@@ -62,9 +108,17 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def _fit(tile: Tile, columns: int, summed: int, item_bytes: int) -> Tile:
-    """No larger than the matrices, and as many bytes as the table's tile."""
-    block_k = tile.block_k * _TABLE_ITEM_BYTES // max(item_bytes, _TABLE_ITEM_BYTES)
+def _narrow(tile: Tile, blocks: int, columns: int) -> Tile:
+    """Fewer columns, until there are programs for more than half of the multiprocessors."""
+    block_n = tile.block_n
+    while block_n > _NARROWEST and 2 * blocks * -(-columns // block_n) <= _MULTIPROCESSORS:
+        block_n //= 2
+    return tile._replace(block_n=block_n)
+
+
+def _fit(tile: Tile, columns: int, summed: int, precision: Precision) -> Tile:
+    """No larger than the matrices, and as many bytes as the rule's tile."""
+    block_k = tile.block_k // 2 if precision == "fp32" else tile.block_k
     return tile._replace(
         block_n=min(tile.block_n, max(_MIN_SIDE, next_power_of_2(columns))),
         block_k=min(block_k, max(_MIN_SIDE, next_power_of_2(summed))),

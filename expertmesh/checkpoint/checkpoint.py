@@ -21,7 +21,14 @@ from expertmesh.checkpoint.safetensors_file import memory
 from expertmesh.checkpoint.tensor_store import TensorStore, read_json
 from expertmesh.errors import CheckpointError, ConfigError
 from expertmesh.gating import check_gate
-from expertmesh.model import ExpertWeights, GateWeights, LayerSpec, ModelSpec, Slot
+from expertmesh.model import (
+    ExpertWeights,
+    Fp8ExpertWeights,
+    GateWeights,
+    LayerSpec,
+    ModelSpec,
+    Slot,
+)
 
 _RUN_DTYPES = {
     "float32": torch.float32,
@@ -89,6 +96,22 @@ class Checkpoint:
         names = self._family.weight_names(self._layer(slot.layer), slot)
         return ExpertWeights(*(self._read(name, dtype or self.spec.dtype) for name in names))
 
+    def is_fp8(self, slot: Slot) -> bool:
+        """Whether a slot's weights are FP8 as `read_fp8_expert` gives them."""
+        names = self._family.weight_names(self._layer(slot.layer), slot)
+        return self._block == fp8.KERNEL_BLOCK and all(self._scale_name(name) for name in names)
+
+    def read_fp8_expert(self, slot: Slot, dtype: torch.dtype | None = None) -> Fp8ExpertWeights:
+        """One slot's weights and scales as they are stored, for a model that runs in `dtype`.
+
+        Raises CheckpointError where `is_fp8` is false, and as `read_expert`.
+        """
+        if not self.is_fp8(slot):
+            raise CheckpointError(f"{self.path}: {slot} is not FP8 in blocks of 128 x 128")
+        names = self._family.weight_names(self._layer(slot.layer), slot)
+        matrices, scales = zip(*(self._read_fp8(name, dtype) for name in names), strict=True)
+        return Fp8ExpertWeights(*matrices, *scales)
+
     def read_gate(self, layer: int, dtype: torch.dtype | None = None) -> GateWeights:
         """What a router needs of one MoE layer, for a model that runs in `dtype` (None: the
         checkpoint's own). The matrix is float32 where the family computes float32 logits."""
@@ -142,6 +165,15 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {name} holds NaN or infinity (as {dtype})")
         return tensor
 
+    def _read_fp8(self, name: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = dtype or self.spec.dtype
+        weight = self._tensors.read(name)
+        scale = self._tensors.read(name + fp8.SCALE_SUFFIX).float()
+        if not fp8.is_finite(weight, scale, fp8.KERNEL_BLOCK, dtype):
+            path = self._tensors.path_of(name)
+            raise CheckpointError(f"{path}: {name} holds NaN or infinity (as {dtype})")
+        return weight, scale
+
     def _run_dtype(self, config: Config, layer: LayerSpec) -> torch.dtype:
         named = str(config.get("dtype")).removeprefix("torch.")
         if named in _RUN_DTYPES:
@@ -182,7 +214,7 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {name} is {info.dtype}: not a dtype of weights")
 
 
-def slot_digest(weights: ExpertWeights) -> str:
+def slot_digest(weights: ExpertWeights | Fp8ExpertWeights) -> str:
     """Hex sha256 over one slot's loaded weights: dtype, shapes and every byte."""
     sha = hashlib.sha256()
     for tensor in weights:

@@ -14,6 +14,7 @@ from expertmesh.checkpoint.config import Config
 from expertmesh.errors import CheckpointError
 
 SCALE_SUFFIX = "_scale_inv"
+_LARGEST = 448.0  # of float8 e4m3
 
 
 class Block(NamedTuple):
@@ -25,6 +26,10 @@ class Block(NamedTuple):
     def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The shape of the scales of a matrix: partial blocks count."""
         return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
+
+
+#: What kernels that compute from FP8 weights take as it is.
+KERNEL_BLOCK = Block(128, 128)
 
 
 def read_block(config: Config) -> Block | None:
@@ -63,6 +68,18 @@ def dequantize(
         rows = slice(start, start + block.rows)
         result[rows] = _halves(weight[rows]).float() * factors[index]
     return result
+
+
+def is_finite(weight: torch.Tensor, scale: torch.Tensor, block: Block, dtype: torch.dtype) -> bool:
+    """Whether a float8 matrix and its float32 scales are finite, and stay so in `dtype`."""
+    has_nan = bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any())
+    largest = _LARGEST * torch.aminmax(scale.abs()).max  # NaN where a scale is
+    if has_nan or not largest.isfinite():
+        return False
+    if largest <= torch.finfo(dtype).max:
+        return True
+    # The largest scale need not belong to the largest weight.
+    return all(edge.isfinite() for edge in torch.aminmax(dequantize(weight, scale, block, dtype)))
 
 
 def _halves(weight: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routers", type=int, default=1, help="router processes (1)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    parser.add_argument("--backend", default="auto", help="auto, onednn or reference")
+    parser.add_argument("--backend", default="auto", help="auto, onednn, reference or triton")
+    parser.add_argument(
+        "--weights", default="auto", help="of FP8 checkpoints: fp8-w8a16, fp8-w8a8 or dequantised"
+    )
     parser.add_argument("--port", type=int, default=50051, help="router port; 0 for any (50051)")
     parser.add_argument("--ray-address", default=None, help="join this Ray: auto or host:port")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
@@ -47,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             balance=arguments.balance,
             routers=arguments.routers,
             backend=arguments.backend,
+            weights=arguments.weights,
             progress=progress,
             command=NAME,
         )

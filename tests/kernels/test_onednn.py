@@ -240,7 +240,7 @@ def test_blocks_have_few_sizes_and_little_padding() -> None:
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [("triton", "auto"), ("auto", "cuda"), ("magic", "cpu"), ("onednn", "tpu")],
+    [("onednn", "cuda"), ("auto", "cuda"), ("magic", "cpu"), ("onednn", "tpu")],
 )
 def test_a_backend_that_is_not_there_is_refused(name: str, device: str) -> None:
     with pytest.raises(ConfigError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,12 +30,7 @@ V3 = GateSpec(
 SPECS = {"qwen3": QWEN3, "deepseek-v2": V2, "deepseek-v3": V3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _what_is_not_written_is_poison() -> Iterator[None]:
-    """Fresh tensors hold NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _logits(rows: int, experts: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -1,8 +1,6 @@
-"""Sorting of pairs on the device, against the reference; the tile rule."""
+"""Sorting of pairs on the device, against the reference."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,17 +9,11 @@ from hypothesis import strategies as st
 
 from expert_service.kernels import triton_reference as reference
 from expert_service.kernels.triton_route import MAX_SMALL_PAIRS, Route, max_blocks, route
-from expert_service.kernels.triton_tiles import choose_block_m, down_tile, gate_up_tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _what_is_not_written_is_poison() -> Iterator[None]:
-    """Fresh tensors hold NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def _ids(rows: int, k: int, experts: int, seed: int = 0) -> torch.Tensor:
@@ -163,41 +155,3 @@ def test_a_wrong_input_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         route(ids, num_slots, block_m, local_slots)
-
-
-@pytest.mark.parametrize(
-    ("assignments", "active_experts", "block_m"),
-    [
-        (0, 0, 16),
-        (8, 8, 16),
-        (64, 8, 16),  # 8 tokens for each expert
-        (72, 8, 32),
-        (128, 8, 32),
-        (256, 8, 64),
-        (512, 8, 128),
-        (8192, 128, 128),
-        (65536, 8, 128),
-        (40, 1, 128),
-    ],
-)
-def test_blocks_hold_twice_the_mean_load(
-    assignments: int, active_experts: int, block_m: int
-) -> None:
-    assert choose_block_m(assignments, active_experts) == block_m
-
-
-@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
-@pytest.mark.parametrize("item_bytes", [2, 4])
-def test_tiles_fit_the_shared_memory_of_an_h200(block_m: int, item_bytes: int) -> None:
-    first = gate_up_tile(block_m, 7168, 2048, item_bytes)
-    second = down_tile(block_m, 7168, 2048, item_bytes)
-
-    for tile, matrices in ((first, 2), (second, 1)):
-        stage = (tile.block_m + matrices * tile.block_n) * tile.block_k * item_bytes
-        assert tile.block_m == block_m
-        assert tile.num_stages * stage <= 227 * 1024
-
-
-def test_tiles_of_small_matrices_are_small() -> None:
-    assert gate_up_tile(16, 20, 5, 2)[:3] == (16, 16, 32)
-    assert down_tile(128, 20, 5, 4)[:3] == (128, 32, 16)

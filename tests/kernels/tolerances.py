@@ -11,7 +11,10 @@ RELATIVE = {
     torch.float32: 1e-5,
     torch.float16: 2e-3,  # 11 bits in x, in the intermediate and in y
     torch.bfloat16: 1e-2,  # 8 bits
+    torch.float8_e4m3fn: 1e-2,  # w8a8: a last bit may round x or h another way, by 6 %
 }
+#: Norm of what w8a8 changes, relative to the result: 4 bits of x and of h.
+W8A8_ERROR = 6e-2
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
