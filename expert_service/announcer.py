@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import grpc.aio
 
+from expertmesh.codec.slots import slots_of
 from expertmesh.errors import MeshError, MismatchError, SupersededError
+from expertmesh.model import Slot
 from expertmesh.rpc import status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.v1 import control_pb2, control_pb2_grpc
@@ -28,6 +31,9 @@ class Announcer:
         every_s: float,
     ) -> None:
         self.oldest_epoch = 0
+        #: What the controller wants this server to load instead of what its start named.
+        self.assigned: list[Slot] = []
+        self._heard = asyncio.Event()
         self._controller = controller
         self._announcement = announcement
         self._executions = executions
@@ -41,6 +47,12 @@ class Announcer:
     def changed(self) -> None:
         """The announcement differs from the last one: do not wait for the second to end."""
         self._changed.set()
+
+    async def first_answer(self, timeout_s: float) -> None:
+        """Returns once the controller has answered, or after that long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._heard.wait()
 
     async def run(self) -> MeshError:
         """Runs until the controller refuses this server for good; returns why."""
@@ -67,6 +79,8 @@ class Announcer:
         try:
             response = await self._stub.AnnounceServer(self._announcement(), timeout=_TIMEOUT_S)
             self.oldest_epoch = response.oldest_epoch
+            self.assigned = slots_of(response.layers)
+            self._heard.set()
             report = self._executions()
             if list(report.layers) != self._reported:
                 self._sequence += 1

@@ -18,17 +18,19 @@ from expert_service.kernels import create_backend
 from expert_service.runner import DeviceRunner
 from expert_service.servicer import SERVICE, ExpertServicer
 from expert_service.shard import ExpertShard
+from expert_service.slots import SlotMover, free_host_bytes
 from expertmesh.checkpoint import Checkpoint
+from expertmesh.codec.slots import layer_slots
 from expertmesh.config import ExpertConfig, RpcConfig
-from expertmesh.errors import ConfigError, MeshError
+from expertmesh.errors import ConfigError, MeshError, UnavailableError
 from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Fp8ExpertWeights, Slot
-from expertmesh.placement import group_by_layer
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.session import Admission, internal
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.v1 import control_pb2, expert_pb2, router_pb2
 
 _log = logging.getLogger(__name__)
+_FIRST_ANSWER_S = 5.0  # a controller that is away does not keep a server from loading
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -85,11 +87,19 @@ class ExpertServer:
             planned={slot: checkpoint.is_fp8(slot) for slot in slots},
         )
         self.shard = ExpertShard(checkpoint.spec, slots, self._backend)
-        self._planned = group_by_layer(slots)
+        self._initial = tuple(slots)
+        self._planned = tuple(slots)  # what it holds, or will hold once loaded
         self._runner = DeviceRunner(self.shard, threads, config)
         admission = Admission(rpc)
         self._server = GrpcServer(rpc, admission)
         self._server.add(SERVICE, ExpertServicer(self, self._runner, admission).handlers())
+        self._mover = SlotMover(
+            self.shard,
+            self._runner,
+            self._read_expert,
+            self._memory_bytes,
+            free_host_bytes if self._backend.name.endswith("/cpu") else lambda: None,
+        )
         self._tasks = TaskSet()
         self._announcer: Announcer | None = None
         if placing.controller:
@@ -100,7 +110,6 @@ class ExpertServer:
         self.error = ""
         self.incarnation = uuid.uuid4().hex
         self._started_at_ns = time.time_ns()
-        self._total_bytes = sum(checkpoint.slot_bytes(slot) for slot in slots)
         self._loaded_bytes = 0
         #: Done, with the reason, when this server can never serve: end the process.
         self.failed: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
@@ -128,6 +137,7 @@ class ExpertServer:
 
     async def _load(self) -> None:
         try:
+            await self._take_assigned()
             await self._runner.call(self.shard.load, self._read_expert, self._on_slot)
         except MeshError as error:
             self._fail(error)
@@ -138,6 +148,53 @@ class ExpertServer:
             await self._server.set_serving(True)
             _log.info("%s ready at %s: %d slots", self._placing.server_id, self.endpoint,
                       len(self.shard.slots))  # fmt: skip
+
+    async def _take_assigned(self) -> None:
+        """Plans to load what the controller says that this server held before it was restarted."""
+        announcer = self._announcer
+        if announcer is None:
+            return
+        await announcer.first_answer(_FIRST_ANSWER_S)
+        assigned = tuple(announcer.assigned)
+        if assigned and set(assigned) != set(self._initial):
+            self.shard.plan(assigned)
+            self._planned = assigned
+            _log.info("%s: experts have moved, %d slots instead of %d", self._placing.server_id,
+                      len(assigned), len(self._initial))  # fmt: skip
+            announcer.changed()
+
+    async def load_slots(self, slots: Sequence[Slot]) -> list[str]:
+        """Holds these slots too; their digests. See `SlotMover.load`."""
+        self._require_ready()
+        digests = await self._mover.load(slots)
+        self._slots_changed()
+        return digests
+
+    async def drop_slots(self, slots: Sequence[Slot]) -> None:
+        """Holds these slots no more."""
+        self._require_ready()
+        await self._mover.drop(slots)
+        self._slots_changed()
+
+    def _require_ready(self) -> None:
+        if self.state != "ready":
+            raise UnavailableError(f"this expert server is {self.state}", retry_after_s=1.0)
+
+    def _slots_changed(self) -> None:
+        self._planned = self.shard.slots
+        self._loaded_bytes = self._total_bytes
+        if self._announcer is not None:
+            self._announcer.changed()
+
+    @property
+    def _total_bytes(self) -> int:
+        return sum(map(self._checkpoint.slot_bytes, self._planned))
+
+    def _memory_bytes(self, slot: Slot) -> int:
+        layer = self._checkpoint.spec.layer(slot.layer)
+        assert layer is not None  # the shard has checked the slot
+        rows = layer.width(slot.expert)
+        return 3 * rows * self._checkpoint.spec.hidden_size * self._dtype.itemsize
 
     def _read_expert(self, slot: Slot) -> ExpertWeights | Fp8ExpertWeights:
         if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):
@@ -167,7 +224,7 @@ class ExpertServer:
             endpoint=self.endpoint,
             incarnation=self.incarnation,
             state=self.state,
-            slots=sum(len(experts) for experts in self._planned.values()),
+            slots=len(self._planned),
             loaded_bytes=self._loaded_bytes,
             total_bytes=self._total_bytes,
             pid=os.getpid(),
@@ -185,17 +242,11 @@ class ExpertServer:
             checkpoint_digest=self._checkpoint.digest,
             server_id=self._placing.server_id,
             incarnation=self.incarnation,
-            layers=self._layer_slots(),
+            layers=layer_slots(self._planned),
             backend=self._backend.name,
             ready=ready,
             slot_digests=[digests[slot] for slot in sorted(digests)],
         )
-
-    def _layer_slots(self) -> list[expert_pb2.LayerSlots]:
-        return [
-            expert_pb2.LayerSlots(layer=layer, experts=experts)
-            for layer, experts in self._planned.items()
-        ]
 
     def _announcement(self) -> control_pb2.AnnounceServerRequest:
         return control_pb2.AnnounceServerRequest(
@@ -203,7 +254,8 @@ class ExpertServer:
             protocol_version=PROTOCOL_VERSION,
             checkpoint_digest=self._checkpoint.digest,
             started_at_ns=self._started_at_ns,
-            layers=self._layer_slots(),
+            layers=layer_slots(self._planned),
+            initial_layers=layer_slots(self._initial),
         )
 
     def _executions(self) -> control_pb2.ReportExecutionsRequest:

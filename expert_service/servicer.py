@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from expert_service.runner import DeviceRunner
 from expertmesh.codec import messages
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
+from expertmesh.codec.slots import slots_of
 from expertmesh.errors import StaleEpochError, UnavailableError
+from expertmesh.model import Slot
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
 from expertmesh.rpc.session import Admission, FrameProtocol
@@ -33,6 +36,14 @@ class Host(Protocol):
         """See expert.proto."""
         ...
 
+    async def load_slots(self, slots: Sequence[Slot]) -> list[str]:
+        """Holds these slots too; their digests."""
+        ...
+
+    async def drop_slots(self, slots: Sequence[Slot]) -> None:
+        """Holds these slots no more."""
+        ...
+
 
 class ExpertServicer:
     """Decode, one call, encode."""
@@ -50,6 +61,8 @@ class ExpertServicer:
             "DescribeShard": unary(self.describe_shard, pb.DescribeShardRequest),
             "Execute": unary_tensor(self._protocol),
             "ExecuteStream": stream_tensor(self._protocol),
+            "LoadSlots": unary(self.load_slots, pb.LoadSlotsRequest),
+            "DropSlots": unary(self.drop_slots, pb.DropSlotsRequest),
         }
 
     async def describe_shard(
@@ -57,6 +70,20 @@ class ExpertServicer:
     ) -> pb.DescribeShardResponse:
         """See expert.proto."""
         return self._host.describe()
+
+    async def load_slots(
+        self, request: pb.LoadSlotsRequest, deadline: Deadline
+    ) -> pb.LoadSlotsResponse:
+        """See expert.proto."""
+        digests = await self._host.load_slots(slots_of(request.layers))
+        return pb.LoadSlotsResponse(slot_digests=digests)
+
+    async def drop_slots(
+        self, request: pb.DropSlotsRequest, deadline: Deadline
+    ) -> pb.DropSlotsResponse:
+        """See expert.proto."""
+        await self._host.drop_slots(slots_of(request.layers))
+        return pb.DropSlotsResponse()
 
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
         """See expert.proto."""

@@ -28,7 +28,7 @@ from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSp
 _TRIM_EVERY_BYTES = 32 * 2**20
 _Ids = npt.NDArray[np.int32]
 _NAMED = 8  # experts that an error names: enough to look for, few enough for a header
-_Weights = ExpertWeights | Fp8ExpertWeights
+Weights = ExpertWeights | Fp8ExpertWeights
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,8 +41,12 @@ class ExpertShard:
         self._backend = backend
         self._layers = {layer.index: _LayerState(layer) for layer in spec.layers}
         self._digests: dict[Slot, str] = {}
+        self.plan(slots)
+
+    def plan(self, slots: Sequence[Slot]) -> None:
+        """Says what `load` shall load. Raises as the constructor does."""
         for slot in slots:
-            self._check_slot(slot)
+            self.check_slot(slot)
         if len(set(slots)) != len(slots):
             raise ConfigError(f"a slot is named twice among {len(slots)}")
         self._planned = tuple(slots)
@@ -57,9 +61,7 @@ class ExpertShard:
         """Hex sha256 of each held slot's weights, as they were loaded."""
         return dict(self._digests)
 
-    def load(
-        self, read_expert: Callable[[Slot], _Weights], on_slot: Callable[[Slot], None]
-    ) -> None:
+    def load(self, read_expert: Callable[[Slot], Weights], on_slot: Callable[[Slot], None]) -> None:
         """Loads the planned slots one after the other and warms the backend up.
 
         `on_slot` is called after each. At most one expert's weights are alive beside the
@@ -75,25 +77,25 @@ class ExpertShard:
         _return_free_memory()
         self._backend.finish_loading()
 
-    def _read_and_add(self, slot: Slot, read_expert: Callable[[Slot], _Weights]) -> int:
+    def _read_and_add(self, slot: Slot, read_expert: Callable[[Slot], Weights]) -> int:
         """Adds one slot and returns its bytes; its weights are gone when this returns."""
         weights = read_expert(slot)
         self.add(slot, weights)
         return sum(matrix.nbytes for matrix in weights)
 
-    def add(self, slot: Slot, weights: _Weights) -> None:
+    def add(self, slot: Slot, weights: Weights, digest: str = "") -> None:
         """Takes one more slot; its count starts, or goes on, where it was.
 
-        Raises ConfigError for a slot that is held already or that the model does not have, and
+        `digest` is the weights', if the caller has it already. Raises ConfigError for a slot that is held already or that the model does not have, and
         for weights of a wrong shape.
         """
-        self._check_slot(slot)
+        self.check_slot(slot)
         if slot in self._digests:
             raise ConfigError(f"{slot} is held already")
         self._check_weights(slot, weights)
         # Once, for the digest and the backend both.
         weights = type(weights)(*(matrix.detach().contiguous() for matrix in weights))
-        digest = slot_digest(weights)
+        digest = digest or slot_digest(weights)
         self._backend.load(slot, weights)
         self._digests[slot] = digest
         self._layers[slot.layer].set_held(slot.expert, True)
@@ -105,6 +107,10 @@ class ExpertShard:
         self._layers[slot.layer].set_held(slot.expert, False)
         del self._digests[slot]
         self._backend.drop(slot)
+
+    def trim(self) -> None:
+        """Gives memory that loads and drops have left over back to the system."""
+        _return_free_memory()
 
     def held(self, layer: int) -> torch.Tensor:
         """Which experts of a layer are here: bool [E]. Raises UnknownLayerError."""
@@ -165,12 +171,13 @@ class ExpertShard:
             raise UnknownLayerError(f"layer {layer} is not a layer of this model", field="layer")
         return state
 
-    def _check_slot(self, slot: Slot) -> None:
+    def check_slot(self, slot: Slot) -> None:
+        """Raises ConfigError for a slot that the model does not have."""
         state = self._layers.get(slot.layer)
         if state is None or not 0 <= slot.expert < len(state.held_E) - 1:
             raise ConfigError(f"{slot} is not an expert of this {self._spec.model_type} model")
 
-    def _check_weights(self, slot: Slot, weights: _Weights) -> None:
+    def _check_weights(self, slot: Slot, weights: Weights) -> None:
         hidden, width = self._spec.hidden_size, self._layers[slot.layer].spec.width(slot.expert)
         expected = [(width, hidden), (width, hidden), (hidden, width)]
         if isinstance(weights, Fp8ExpertWeights):

@@ -10,6 +10,8 @@ MeshError
 ├── MismatchError              another checkpoint or protocol version
 ├── SupersededError            a newer incarnation has taken this name
 ├── OverloadedError            a queue is full
+├── NoRoomError                slots do not fit into the memory that is free
+├── MigratingError             experts are being moved already
 ├── UnavailableError           nobody who could answer can be reached
 ├── DeadlineError              the answer would have come too late
 ├── CancelledRequestError      the caller gave the request up
@@ -106,6 +108,20 @@ class OverloadedError(MeshError):
     reason = "QUEUE_FULL"
 
 
+class NoRoomError(MeshError):
+    """Slots that a server shall load do not fit into the memory that is free there."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "NO_ROOM"
+
+
+class MigratingError(MeshError):
+    """Experts are being moved already; one migration at a time."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "MIGRATING"
+
+
 class UnavailableError(MeshError):
     """Nobody who could answer can be reached now; a later try may succeed."""
 
@@ -158,6 +174,8 @@ BY_REASON: dict[str, type[MeshError]] = {
         MismatchError,
         SupersededError,
         OverloadedError,
+        NoRoomError,
+        MigratingError,
         UnavailableError,
         DeadlineError,
         CancelledRequestError,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from expertmesh.model import GateWeights, LayerSpec, ModelSpec, Slot
+from expertmesh.codec.slots import slots_of
+from expertmesh.model import GateWeights, LayerSpec, ModelSpec
 from expertmesh.placement import SlotMap
 from expertmesh.v1 import control_pb2
 
@@ -27,12 +28,7 @@ class Snapshot:
         """The snapshot with that placement, or itself when its epoch is not newer."""
         if placement.epoch <= self.slots.epoch:
             return self
-        held = {
-            server.server_id: [
-                Slot(entry.layer, expert) for entry in server.layers for expert in entry.experts
-            ]
-            for server in placement.servers
-        }
+        held = {server.server_id: slots_of(server.layers) for server in placement.servers}
         return replace(self, slots=SlotMap.of(placement.epoch, spec, held))
 
     def with_bias(
