@@ -32,6 +32,7 @@ class _Request(Job):
     deadline: Deadline = field(kw_only=True)
     future: asyncio.Future[ExecuteResponse] = field(kw_only=True)
     queued_at_ns: int = field(kw_only=True)
+    drops: int = 0  # of the shard, when the request was checked
     started_at_ns: int = 0
     compute_ns: int = 0
     outputs: list[torch.Tensor] = field(default_factory=list)
@@ -146,6 +147,7 @@ class DeviceRunner:
         except Exception as error:
             self._settle(job.future, error)
             return False
+        job.drops = self._shard.drops
         return True
 
     def _begin(self, piece: Piece) -> bool:
@@ -159,6 +161,8 @@ class DeviceRunner:
             except Exception as error:
                 self._settle(job.future, error)
                 return False
+        if job.drops != self._shard.drops and not self._is_valid(job):
+            return False
         return not job.future.done()
 
     def _compute(self, pieces: list[Piece]) -> None:

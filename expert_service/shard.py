@@ -41,6 +41,7 @@ class ExpertShard:
         self._backend = backend
         self._layers = {layer.index: _LayerState(layer) for layer in spec.layers}
         self._digests: dict[Slot, str] = {}
+        self.drops = 0  # grows when a slot goes: what was checked before must be checked again
         self.plan(slots)
 
     def plan(self, slots: Sequence[Slot]) -> None:
@@ -86,8 +87,8 @@ class ExpertShard:
     def add(self, slot: Slot, weights: Weights, digest: str = "") -> None:
         """Takes one more slot; its count starts, or goes on, where it was.
 
-        `digest` is the weights', if the caller has it already. Raises ConfigError for a slot that is held already or that the model does not have, and
-        for weights of a wrong shape.
+        `digest` is the weights', if the caller has it already. Raises ConfigError for a slot that
+        is held already or that the model does not have, and for weights of a wrong shape.
         """
         self.check_slot(slot)
         if slot in self._digests:
@@ -104,6 +105,7 @@ class ExpertShard:
         """Forgets one slot, but not its count. Raises SlotNotHeldError when it is not held."""
         if slot not in self._digests:
             raise SlotNotHeldError(f"{slot} is not held", field="slot")
+        self.drops += 1
         self._layers[slot.layer].set_held(slot.expert, False)
         del self._digests[slot]
         self._backend.drop(slot)

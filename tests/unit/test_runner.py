@@ -15,7 +15,13 @@ from expert_service.runner import DeviceRunner
 from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
-from expertmesh.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
+from expertmesh.errors import (
+    DeadlineError,
+    InvalidRequestError,
+    OverloadedError,
+    SlotNotHeldError,
+    UnavailableError,
+)
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from expertmesh.rpc.deadline import Deadline
 
@@ -144,6 +150,24 @@ def test_a_large_request_lets_a_small_one_pass_and_is_answered_whole() -> None:
     assert calls == [10, 1, 15]
     torch.testing.assert_close(answer, expected)
     assert int(counts[0].sum()) == 2 * (25 + 1 + 25)
+
+
+def test_a_slot_that_goes_while_a_request_waits_is_missed_and_not_computed() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        request = _request(1, 0)
+        waiting = _submit(runner, request)
+        await asyncio.sleep(0)
+        dropped = asyncio.ensure_future(
+            runner.call(shard.drop, Slot(0, int(request.expert_ids[0, 0])))
+        )
+        await asyncio.sleep(0)
+        gate.set()
+        await dropped
+        with pytest.raises(SlotNotHeldError):
+            await waiting
+        return list(backend.calls)
+
+    assert _run(scenario) == []
 
 
 def test_a_request_given_up_while_it_waits_is_never_computed() -> None:
