@@ -10,7 +10,14 @@ from pathlib import Path
 from expert_service.runner import DeviceRunner
 from expert_service.shard import ExpertShard, Weights
 from expertmesh.checkpoint import slot_digest
-from expertmesh.errors import ConfigError, InvalidRequestError, MeshError, NoRoomError
+from expertmesh.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    MeshError,
+    NoRoomError,
+    UnavailableError,
+)
 from expertmesh.model import Slot
 
 _log = logging.getLogger(__name__)
@@ -40,8 +47,8 @@ class SlotMover:
     async def load(self, slots: Sequence[Slot]) -> list[str]:
         """Holds all of these slots, or as many as before; the digest of each.
 
-        Raises InvalidRequestError for slots that the model does not have, NoRoomError, and what
-        reading the checkpoint raises.
+        Raises InvalidRequestError for slots that the model does not have, NoRoomError, and
+        UnavailableError when the checkpoint cannot be read.
         """
         async with self._lock:
             held = self._shard.slot_digests
@@ -58,6 +65,8 @@ class SlotMover:
             except BaseException as error:
                 for slot in loaded:
                     await self._runner.call(self._shard.drop, slot)
+                if isinstance(error, CheckpointError):
+                    raise UnavailableError(error.message) from None
                 if isinstance(error, ConfigError):  # of the backend: its device is full
                     raise NoRoomError(error.message) from None
                 raise

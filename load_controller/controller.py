@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 
+from expertmesh.codec.slots import layer_slots
 from expertmesh.config import BalanceConfig, BalanceMode
-from expertmesh.errors import InvalidRequestError, MismatchError, SupersededError
-from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.errors import (
+    InvalidRequestError,
+    MismatchError,
+    SupersededError,
+    UnavailableError,
+)
+from expertmesh.model import PROTOCOL_VERSION, Slot
 from expertmesh.v1 import control_pb2 as pb
 from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
 from load_controller.divergence import UNMEASURED
+from load_controller.migration import Copy, Step
 from load_controller.store import Store
 
 _log = logging.getLogger(__name__)
@@ -50,6 +57,7 @@ class LoadController:
         self._heard_at: dict[str, float] = {}
         self._routers: dict[str, _Router] = {}
         self._accounts = Accounts(store)
+        self._holdings = store.holdings()
         self.balancer = Balancer(balance, balance.mode)
         self.beats = 0
         self._beat = pb.BalanceBeat(window_age_s=-1.0)
@@ -104,7 +112,12 @@ class LoadController:
         self._heard_at[server.server_id] = now
         if before is None or before.SerializeToString() != request.SerializeToString():
             self._accept(request, before)
-        return pb.AnnounceServerResponse(oldest_epoch=self._oldest_epoch())
+        if self._holdings.heard(request):
+            self._store.save_holdings(self._holdings, self.epoch)
+        assigned = self._holdings.to_load(request) if server.state == "loading" else ()
+        return pb.AnnounceServerResponse(
+            oldest_epoch=self.oldest_epoch(), layers=layer_slots(assigned)
+        )
 
     def _accept(
         self, request: pb.AnnounceServerRequest, before: pb.AnnounceServerRequest | None
@@ -125,7 +138,8 @@ class LoadController:
                       request.server.state)  # fmt: skip
         self._on_change()
 
-    def _oldest_epoch(self) -> int:
+    def oldest_epoch(self) -> int:
+        """The oldest placement that a router may still use."""
         return min((router.epoch for router in self._routers.values()), default=0)
 
     def mark_lost(self, now: float) -> None:
@@ -172,10 +186,55 @@ class LoadController:
         return pb.Placement(
             epoch=self.epoch,
             servers=[
-                pb.ServerSlots(server_id=server_id, layers=entry.layers)
+                pb.ServerSlots(server_id=server_id, layers=layer_slots(self._holdings.shown(entry)))
                 for server_id, entry in sorted(self._servers.items())
             ],
         )
+
+    # Migration: `mover` decides when; here is what becomes of the placement.
+
+    def shown(self) -> dict[str, frozenset[Slot]]:
+        """What each server that is ready is shown to hold."""
+        return {
+            server_id: self._holdings.shown(entry)
+            for server_id, entry in self._servers.items()
+            if entry.server.state == "ready"
+        }
+
+    def endpoint(self, server_id: str) -> str:
+        """Where a server listens. Raises UnavailableError when it is not ready."""
+        entry = self._servers.get(server_id)
+        if entry is None or entry.server.state != "ready":
+            raise UnavailableError(f"expert server {server_id} is not ready", retry_after_s=1.0)
+        return entry.server.endpoint
+
+    def expect(self, copies: Iterable[Copy]) -> None:
+        """These copies will be loaded, and not be shown until the switch."""
+        self._holdings.arriving |= set(copies)
+        self._store.save_holdings(self._holdings, self.epoch)
+
+    def give_up(self, copies: Iterable[Copy]) -> None:
+        """These copies shall go again; nobody was shown them."""
+        self._holdings.give_up(copies)
+        self._store.save_holdings(self._holdings, self.epoch)
+
+    def switch(self, step: Step) -> int:
+        """Publishes what a step changes as one placement. Its epoch."""
+        self._holdings.switch(step)
+        for server_id in {copy.server for copy in (*step.loads, *step.drops)}:
+            self._holdings.assign(self._servers[server_id])
+        self.epoch += 1
+        self._store.save_holdings(self._holdings, self.epoch)
+        self._on_change()
+        return self.epoch
+
+    def is_used_everywhere(self, epoch: int) -> bool:
+        """Whether no router uses an older placement any more."""
+        return not self._routers or self.oldest_epoch() >= epoch
+
+    def leaving(self) -> set[Copy]:
+        """Copies that nobody is shown and that shall go."""
+        return set(self._holdings.leaving)
 
     # Counts.
 

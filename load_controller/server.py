@@ -13,6 +13,7 @@ from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.session import Admission
 from expertmesh.rpc.tasks import TaskSet
 from load_controller.controller import LoadController
+from load_controller.mover import Mover
 from load_controller.servicer import SERVICE, Changes, ControlServicer
 from load_controller.store import Store
 
@@ -45,8 +46,10 @@ class ControllerServer:
         self.controller = LoadController(self._store, balance or BalanceConfig(), changes.notify)
         self._host = host
         self._server = GrpcServer(rpc, Admission(rpc))
-        self._server.add(SERVICE, ControlServicer(self.controller, changes).handlers())
         self._tasks = TaskSet()
+        self._mover = Mover(self.controller)
+        servicer = ControlServicer(self.controller, self._mover, changes, self._tasks)
+        self._server.add(SERVICE, servicer.handlers())
 
     @property
     def address(self) -> str:
@@ -58,6 +61,7 @@ class ControllerServer:
         await self._server.start()
         self._store.set_meta("port", str(self._server.port))
         self._tasks.spawn(self._tick(), "controller tick")
+        self._tasks.spawn(self._mover.clean(), "drop leftovers")
         await self._server.set_serving(True)
         _log.info("load controller at %s", self.address)
 

@@ -10,12 +10,16 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from expertmesh.errors import MeshError
+from expertmesh.errors import InvalidRequestError, MeshError
+from expertmesh.model import Slot
 from expertmesh.rpc import status
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import parse, unary
+from expertmesh.rpc.tasks import TaskSet
 from expertmesh.v1 import control_pb2 as pb
 from load_controller.controller import LoadController
+from load_controller.migration import Copy
+from load_controller.mover import Migrated, Mover
 
 SERVICE = "expertmesh.v1.ControlService"
 
@@ -47,9 +51,13 @@ class Changes:
 class ControlServicer:
     """Decode, one call, encode."""
 
-    def __init__(self, controller: LoadController, changes: Changes) -> None:
+    def __init__(
+        self, controller: LoadController, mover: Mover, changes: Changes, tasks: TaskSet
+    ) -> None:
         self._controller = controller
+        self._mover = mover
         self._changes = changes
+        self._tasks = tasks
 
     def handlers(self) -> dict[str, Any]:
         """The service's method table."""
@@ -63,6 +71,7 @@ class ControlServicer:
             "ReportExecutions": unary(self.report_executions, pb.ReportExecutionsRequest),
             "GetClusterLoad": unary(self.get_cluster_load, pb.GetClusterLoadRequest),
             "SetBalanceMode": unary(self.set_balance_mode, pb.SetBalanceModeRequest),
+            "MigrateSlots": unary(self.migrate_slots, pb.MigrateSlotsRequest),
         }
 
     async def announce_server(
@@ -146,3 +155,25 @@ class ControlServicer:
         """See control.proto."""
         version = self._controller.set_mode(request.mode, request.reset)
         return pb.SetBalanceModeResponse(bias_version=version)
+
+    async def migrate_slots(
+        self, request: pb.MigrateSlotsRequest, deadline: Deadline
+    ) -> pb.MigrateSlotsResponse:
+        """See control.proto."""
+        moves: dict[int, list[Copy]] = {pb.MOVE_ACTION_LOAD: [], pb.MOVE_ACTION_DROP: []}
+        for move in request.moves:
+            if move.action not in moves:
+                raise InvalidRequestError("a move is neither a load nor a drop", field="moves")
+            moves[move.action].append(Copy(move.server_id, Slot(move.layer, move.expert)))
+        # A task of its own: it goes on when the caller goes.
+        task = self._tasks.spawn(self._migrate(*moves.values()), "migrate")
+        done = await asyncio.shield(task)
+        if isinstance(done, MeshError):
+            raise done
+        return pb.MigrateSlotsResponse(epoch=done.epoch, loaded=done.loaded, dropped=done.dropped)
+
+    async def _migrate(self, loads: list[Copy], drops: list[Copy]) -> Migrated | MeshError:
+        try:
+            return await self._mover.migrate(loads, drops)
+        except MeshError as error:
+            return error

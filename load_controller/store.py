@@ -7,6 +7,7 @@ state: a report with the windows that it closed, never one without the other.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertmesh.model import Slot
 from load_controller.balancer import Progress
+from load_controller.holdings import Assignment, Holdings
 from load_controller.ledger import Report, SourceKey
+from load_controller.migration import Copy
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -26,6 +30,12 @@ CREATE TABLE IF NOT EXISTS reports (
 );
 CREATE TABLE IF NOT EXISTS deltas (
   layer INTEGER PRIMARY KEY, windows INTEGER NOT NULL, delta BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS hidden (
+  server_id TEXT, layer INTEGER, expert INTEGER, PRIMARY KEY (server_id, layer, expert)
+);
+CREATE TABLE IF NOT EXISTS assigned (
+  server_id TEXT PRIMARY KEY, initial TEXT NOT NULL, slots TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS servers (
   server_id TEXT PRIMARY KEY, started_at_ns INTEGER NOT NULL, announcement BLOB NOT NULL
@@ -117,6 +127,36 @@ class Store:
         rows = self._db.execute("SELECT started_at_ns, announcement FROM servers")
         return [(int(started), bytes(announcement)) for started, announcement in rows]
 
+    def save_holdings(self, holdings: Holdings, epoch: int) -> None:
+        """Replaces hidden copies and assignments, with the epoch that they belong to."""
+        with self.transaction():
+            self.set_meta("epoch", str(epoch))
+            self._db.execute("DELETE FROM hidden")
+            self._db.executemany(
+                "INSERT INTO hidden VALUES (?, ?, ?)",
+                [(copy.server, *copy.slot) for copy in holdings.hidden],
+            )
+            self._db.execute("DELETE FROM assigned")
+            self._db.executemany(
+                "INSERT INTO assigned VALUES (?, ?, ?)",
+                [
+                    (server, json.dumps(sorted(each.initial)), json.dumps(sorted(each.slots)))
+                    for server, each in holdings.assigned.items()
+                ],
+            )
+
+    def holdings(self) -> Holdings:
+        """What was last saved. Copies that were arriving are leaving: nobody waits for them."""
+        hidden = self._db.execute("SELECT server_id, layer, expert FROM hidden")
+        assigned = self._db.execute("SELECT server_id, initial, slots FROM assigned")
+        return Holdings(
+            leaving={Copy(server, Slot(layer, expert)) for server, layer, expert in hidden},
+            assigned={
+                server: Assignment(_slots(initial), _slots(slots))
+                for server, initial, slots in assigned
+            },
+        )
+
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
@@ -134,3 +174,7 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+def _slots(text: str) -> frozenset[Slot]:
+    return frozenset(Slot(layer, expert) for layer, expert in json.loads(text))
