@@ -12,7 +12,7 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import RpcConfig
 from expertmesh.errors import ConfigError
 from expertmesh.placement import initial_parts
-from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -31,6 +31,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for computing")
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
 
@@ -58,9 +59,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         threads=arguments.threads,
         rpc=RpcConfig(port=arguments.port),
+        metrics_port=arguments.metrics_port,
     )
     await run_until_signal(
-        server, lambda: print(f"LISTENING {server.endpoint}", flush=True), server.failed
+        server, lambda: say_listening(server.endpoint, server.metrics_address), server.failed
     )
 
 

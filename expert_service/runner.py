@@ -15,6 +15,7 @@ from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.errors import OverloadedError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.session import RETRY_AFTER_S
+from expertmesh.telemetry.metric import Histogram
 
 _T = TypeVar("_T")
 
@@ -27,6 +28,9 @@ class DeviceRunner:
         self._shard = shard
         self._max_queue = max_queue
         self._queued = 0
+        self.queue_seconds = Histogram()
+        self.compute_seconds = Histogram()
+        self.rows = 0  # computed since the start
         self._executor = ThreadPoolExecutor(
             1, "device", initializer=torch.set_num_threads, initargs=(threads,)
         )
@@ -45,9 +49,18 @@ class DeviceRunner:
             )
         self._queued += 1
         try:
-            return await self.call(self._compute, request, deadline, time.perf_counter_ns())
+            response = await self.call(self._compute, request, deadline, time.perf_counter_ns())
         finally:
             self._queued -= 1
+        self.queue_seconds.observe(response.queue_us / 1e6)
+        self.compute_seconds.observe(response.compute_us / 1e6)
+        self.rows += len(request.hidden_states)
+        return response
+
+    @property
+    def queued(self) -> int:
+        """Requests before the device and on it."""
+        return self._queued
 
     async def call(self, function: Callable[..., _T], *arguments: object) -> _T:
         """Runs anything on the device thread."""

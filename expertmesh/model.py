@@ -11,6 +11,9 @@ import torch
 #: Grows when the protocol changes in a way that older peers cannot follow.
 PROTOCOL_VERSION = 1
 
+#: What an announcement says of an expert server; the load controller adds the last one.
+SERVER_STATES = ("loading", "ready", "draining", "failed", "lost")
+
 
 class Slot(NamedTuple):
     """One physical copy of one layer's expert on one server.

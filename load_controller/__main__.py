@@ -8,7 +8,7 @@ import sys
 import uvloop
 
 from expertmesh.config import BalanceConfig, RpcConfig
-from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from load_controller.server import ControllerServer
 
 
@@ -22,6 +22,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address that peers can reach")
     parser.add_argument("--port", type=int, default=0, help="0: the last one, or any free port")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
 
@@ -31,8 +32,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         balance=BalanceConfig.of(arguments.balance),
         rpc=RpcConfig(port=arguments.port),
+        metrics_port=arguments.metrics_port,
     )
-    await run_until_signal(server, lambda: print(f"LISTENING {server.address}", flush=True))
+    await run_until_signal(server, lambda: say_listening(server.address, server.metrics_address))
 
 
 def main(argv: list[str] | None = None) -> int:

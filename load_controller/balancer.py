@@ -20,6 +20,8 @@ class Balancer:
     config: BalanceConfig
     mode: str
     deltas: dict[int, torch.Tensor] = field(default_factory=dict)
+    windows_closed: int = 0  # since the start, over all layers
+    window_maxvio: dict[int, float] = field(default_factory=dict)  # of each layer's last window
     _windows: dict[int, Window] = field(default_factory=dict)
 
     def count(self, news: Mapping[int, Counts], top_k: Mapping[int, int], now: float) -> None:
@@ -39,6 +41,8 @@ class Balancer:
         for layer, window in list(self._windows.items()):
             if window.is_due(now, config.window_tokens, config.window_s):
                 del self._windows[layer]  # the next count opens a new one
+                self.windows_closed += 1
+                self.window_maxvio[layer] = max_violation(window.counts)
                 changed |= self.mode == "adaptive" and self._move(layer, window.counts)
         return changed
 

@@ -43,6 +43,9 @@ class LoadController:
         self._top_k: dict[int, int] = {}
         self._ledgers = {kind: Ledger() for kind in (ASSIGNMENTS, CALLER_GATED, EXECUTIONS)}
         self._balancer = Balancer(balance, balance.mode)
+        #: Since this process started, by kind of count: reports that brought news, and old ones.
+        self.reports_taken = dict.fromkeys(self._ledgers, 0)
+        self.reports_dropped = dict.fromkeys(self._ledgers, 0)
         self._restore()
 
     def _restore(self) -> None:
@@ -193,9 +196,25 @@ class LoadController:
     ) -> dict[int, Counts] | None:
         report = Report(SourceKey(request.source, request.incarnation), request.sequence, totals)
         news = self._ledgers[kind].take(report)
-        if news is not None:
+        if news is None:
+            self.reports_dropped[kind] += 1
+        else:
+            self.reports_taken[kind] += 1
             self._store.save_report(kind, report)
         return news
+
+    @property
+    def balancer(self) -> Balancer:
+        """What turns counts into deltas; to look at."""
+        return self._balancer
+
+    def totals(self, kind: str) -> dict[int, Counts]:
+        """Counts of one kind by layer, over every source that ever reported."""
+        return self._ledgers[kind].totals()
+
+    def server_states(self) -> list[str]:
+        """The state of every server that was ever announced."""
+        return [entry.server.state for entry in self._servers.values()]
 
     def load(self) -> pb.GetClusterLoadResponse:
         """Every count so far."""

@@ -50,6 +50,7 @@ class ControlServicer:
     def __init__(self, controller: LoadController, changes: Changes) -> None:
         self._controller = controller
         self._changes = changes
+        self.pushes = 0  # messages sent to routers that watch
 
     def handlers(self) -> dict[str, Any]:
         """The service's method table."""
@@ -92,6 +93,7 @@ class ControlServicer:
                 changed = self._changes.next()
                 if now != sent:
                     sent = now
+                    self.pushes += 1
                     yield message
                 else:
                     await asyncio.shield(changed)

@@ -85,6 +85,7 @@ class FanOut:
         self._pool = pool
         self._slots = slots
         self._config = config
+        self.hedges = 0  # parts asked of a replica because their server was silent
         self._salt = 0
         self._hedges = HedgeBudget(config.hedge_burst, config.hedge_share)
 
@@ -203,6 +204,7 @@ class FanOut:
     ) -> list[Contribution]:
         """Sends a silent server's pairs to replicas too; whoever answers first is taken."""
         server = slots.servers[part.server]
+        self.hedges += 1
         run.count_again(part)
         again = part.ids_among(run.rows)
         hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid | {server}))
