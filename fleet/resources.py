@@ -14,6 +14,8 @@ from expertmesh.model import ModelSpec, Slot
 #: A router and the controller each reserve this many CPUs: enough to keep their node alive in
 #: the eyes of Ray's autoscaler, too little to take a core from an expert server.
 SERVICE_CPUS = 0.01
+#: Ray's name of what a node offers once for each server it takes: see deploy/README.md.
+EXPERT_SLOT = "expert_slot"
 _LOADING_FACTOR = 1.3  # a server's peak while it loads, over its packed shard
 _BASE_BYTES = 512 << 20  # Python, torch, gRPC and Ray in one process
 _OURS = 0.9  # of each node's CPUs: the rest is for a second cluster, or somebody's small task
@@ -38,6 +40,8 @@ class Request:
     memory_bytes: int
     gpus: float
     threads: int
+    #: Units of the custom resource EXPERT_SLOT; nodes that offer it take one server for each.
+    expert_slots: int = 0
 
 
 def shard_bytes(spec: ModelSpec, slots: Sequence[Slot], dtype: torch.dtype) -> int:
@@ -45,6 +49,11 @@ def shard_bytes(spec: ModelSpec, slots: Sequence[Slot], dtype: torch.dtype) -> i
     layers = {layer.index: layer for layer in spec.layers}
     rows = sum(layers[slot.layer].width(slot.expert) for slot in slots)
     return 3 * rows * spec.hidden_size * dtype.itemsize
+
+
+def _server_bytes(parts: Sequence[Sequence[Slot]], spec: ModelSpec, dtype: torch.dtype) -> int:
+    largest = max(shard_bytes(spec, part, dtype) for part in parts)
+    return int(largest * _LOADING_FACTOR) + _BASE_BYTES
 
 
 def plan_request(
@@ -60,7 +69,7 @@ def plan_request(
     """
     servers = len(parts) * replicas
     largest = max(shard_bytes(spec, part, dtype) for part in parts)
-    memory = int(largest * _LOADING_FACTOR) + _BASE_BYTES
+    memory = _server_bytes(parts, spec, dtype)
     fits = sum(int(node.memory_bytes // memory) for node in nodes)
     if fits < servers:
         have = ", ".join(f"{node.name}: {node.memory_bytes / 2**30:.1f} GiB" for node in nodes)
@@ -74,6 +83,21 @@ def plan_request(
     cpus = _equal_share([max(0.0, node.cpus * _OURS - kept) for node in nodes], servers)
     gpus = _gpus(nodes, servers) if device == "cuda" else 0.0
     return Request(cpus, memory, gpus, max(1, round(cpus / _OURS)))
+
+
+def fixed_request(
+    cpus: float, parts: Sequence[Sequence[Slot]], spec: ModelSpec, dtype: torch.dtype, device: str
+) -> Request:
+    """What every server asks for whatever nodes there are: those may come when it is asked.
+
+    An expert slot, these CPUs, memory for the largest part, on cuda a whole GPU. Raises
+    ConfigError for a number of CPUs that cannot be.
+    """
+    if not cpus > 0:
+        raise ConfigError(f"cpus_per_server is {cpus!r}, expected a number above 0")
+    memory = _server_bytes(parts, spec, dtype)
+    gpus = 1.0 if device == "cuda" else 0.0
+    return Request(cpus, memory, gpus, max(1, int(cpus)), expert_slots=1)
 
 
 def share_of_the_rest(planned: Request, free_cpus: float, servers: int, services: int) -> Request:

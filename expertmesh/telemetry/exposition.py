@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -19,6 +20,7 @@ from prometheus_client.registry import Collector
 from expertmesh.errors import ConfigError
 from expertmesh.telemetry.metric import Histogram, Metric, Reading
 
+_log = logging.getLogger(__name__)
 _READ_S = 5.0  # an event loop that does not answer for so long is down, and the scrape says so
 
 Read = Callable[[], Iterable[Reading]]
@@ -54,6 +56,7 @@ class MetricsServer:
                 "another --metrics-port"
             ) from None
         self.port = self._http.server_port
+        _log.info("metrics on port %d", self.port)
 
     async def stop(self) -> None:
         """Closes the port, if it is open; once is enough."""

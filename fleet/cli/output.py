@@ -53,7 +53,9 @@ class LoadingBars:
     def __call__(self, status: router_pb2.GetStatusResponse) -> None:
         """Takes a router's view."""
         if self._progress is None and not self._called:
-            print("the router is up; expert servers start", file=sys.stderr, flush=True)
+            # Without a router there is no view of one, and nobody who could name the controller.
+            up = "the router is up; " if status.controller else ""
+            print(f"{up}expert servers start", file=sys.stderr, flush=True)
         self._called = True
         for server in status.servers:
             if self._progress is None:
