@@ -14,10 +14,10 @@ from expertmesh.v1 import control_pb2, control_pb2_grpc, router_pb2
 
 _POLL_S = 0.2
 _ANSWERS_S = 5.0  # a controller that is there answers within this
-_STALLED_S = 180.0  # nothing new for this long: give up and say who is missing
-_NODE_STALLED_S = (
-    1200.0  # the same where Ray's autoscaler may first have to get a node and an image
-)
+#: Nothing new for this long while servers start: give up and say who is missing.
+STALLED_S = 180.0
+#: The same where Ray's autoscaler may first have to get a node, and that node an image.
+NODE_STALLED_S = 1200.0
 
 
 def check_controller(address: str) -> None:
@@ -37,15 +37,11 @@ def wait_loaded(
     servers: Mapping[str, Any],
     progress: Callable[[router_pb2.GetStatusResponse], None] | None,
     *,
-    nodes_may_come: bool,
+    patience_s: float,
 ) -> None:
     """Until every server has loaded its shard. Raises what one says it failed of, and ConfigError
-    when nothing moves any more.
-
-    `servers` are actors by server id. With `nodes_may_come` an actor that has no node yet may wait
-    for the autoscaler.
+    when nothing moves for `patience_s`. `servers` are actors by server id.
     """
-    patience_s = _NODE_STALLED_S if nodes_may_come else _STALLED_S
     asked = {name: actor.status.remote() for name, actor in servers.items()}
     seen: dict[str, router_pb2.ServerStatus] = {}
     last, moved_at = 0, time.monotonic()

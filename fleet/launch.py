@@ -28,7 +28,7 @@ from expertmesh.v1 import router_pb2
 from fleet import ray_session, state
 from fleet.actors import LoadControllerActor, RouterActor, RouterOptions
 from fleet.arguments import check_choices, check_counts, checked_path
-from fleet.external import check_controller, wait_loaded
+from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
 from fleet.ports import metrics_ports
 from fleet.ray_session import RaySession
 from fleet.resources import (
@@ -42,7 +42,6 @@ from fleet.resources import (
 )
 
 _POLL_S = 0.1
-_STALLED_S = 180.0  # nothing new for this long while starting: give up and say what is missing
 _FREE_S = 5.0  # what a cluster that has just ended held is free again within this
 _STOP_S = 15.0  # a stopping actor may take this long to drain before it is killed
 
@@ -149,8 +148,9 @@ def launch(
     with Checkpoint.open(path) as opened:
         spec, run_dtype = opened.spec, parse_dtype(dtype, opened)
     parts = initial_parts(spec, shards)
-    fixed = None
+    fixed, patience_s = None, STALLED_S
     if cpus_per_server is not None:
+        patience_s = NODE_STALLED_S
         fixed = fixed_request(cpus_per_server, parts, spec, run_dtype, device)
     if controller:
         check_controller(controller)
@@ -175,9 +175,9 @@ def launch(
         )
         cluster.servers = start_servers(parts, replicas, request, template, ports.servers)
         if controller:
-            wait_loaded(cluster.servers, progress, nodes_may_come=fixed is not None)
+            wait_loaded(cluster.servers, progress, patience_s=patience_s)
         else:
-            _wait_ready(cluster, progress)
+            _wait_ready(cluster, progress, patience_s)
             _remember(cluster, command)
     except BaseException:
         cluster.close()
@@ -296,12 +296,12 @@ def start_servers(
 
 def _get(ref: Any, what: str) -> Any:
     try:
-        return ray.get(ref, timeout=_STALLED_S)
+        return ray.get(ref, timeout=STALLED_S)
     except ray.exceptions.RayTaskError as error:
         raise _cause(error, what) from None
     except ray.exceptions.GetTimeoutError:
         raise ConfigError(
-            f"Ray has not started {what} for {_STALLED_S:.0f} s: its CPUs may be in use by others; "
+            f"Ray has not started {what} for {STALLED_S:.0f} s: its CPUs may be in use by others; "
             "see `ray status`"
         ) from None
     except ray.exceptions.RayError as error:
@@ -313,8 +313,9 @@ def _cause(error: ray.exceptions.RayTaskError, what: str) -> MeshError:
     return cause if isinstance(cause, MeshError) else ConfigError(f"{what} failed: {error}")
 
 
-def _wait_ready(cluster: Cluster, progress: Progress | None) -> None:
-    """Until every router can ask for every expert. Raises what a server says it failed of."""
+def _wait_ready(cluster: Cluster, progress: Progress | None, patience_s: float) -> None:
+    """Until every router can ask for every expert. Raises what a server says it failed of, and
+    ConfigError when nothing moves for `patience_s`."""
     asked = {name: actor.endpoint.remote() for name, actor in cluster.servers.items()}
     started: set[str] = set()
     waiting = list(cluster.addresses)
@@ -339,8 +340,9 @@ def _wait_ready(cluster: Cluster, progress: Progress | None) -> None:
         ])  # fmt: skip
         if now != last:
             last, moved_at = now, time.monotonic()
-        if time.monotonic() - moved_at > _STALLED_S:
-            raise ConfigError(_stalled(sorted(cluster.servers.keys() - started), status))
+        if time.monotonic() - moved_at > patience_s:
+            absent = sorted(cluster.servers.keys() - started)
+            raise ConfigError(_stalled(absent, status, patience_s))
         time.sleep(_POLL_S)
 
 
@@ -360,14 +362,16 @@ def _raise_failure(status: router_pb2.GetStatusResponse) -> None:
             )
 
 
-def _stalled(absent: Sequence[str], status: router_pb2.GetStatusResponse | None) -> str:
+def _stalled(
+    absent: Sequence[str], status: router_pb2.GetStatusResponse | None, after_s: float
+) -> str:
     if absent:
         return (
-            f"Ray has not started {', '.join(absent)} for {_STALLED_S:.0f} s: their CPUs, GPUs "
+            f"Ray has not started {', '.join(absent)} for {after_s:.0f} s: their CPUs, GPUs "
             "or memory may be in use by others; see `ray status`"
         )
     reason = "the router does not answer" if status is None else status.reason
-    return f"nothing has moved for {_STALLED_S:.0f} s while starting: {reason}"
+    return f"nothing has moved for {after_s:.0f} s while starting: {reason}"
 
 
 def _stop_all(actors: Sequence[Any]) -> None:

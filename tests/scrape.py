@@ -60,11 +60,12 @@ def parse(text: str) -> Scrape:
     families = {}
     for family in text_string_to_metric_families(text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        samples = {
-            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        listed = [
+            ((sample.name, tuple(sorted(sample.labels.items()))), sample.value)
             for sample in family.samples
             if not sample.name.endswith("_created")
-        }
-        assert len(samples) == len(family.samples), f"{name} has a sample twice, or _created ones"
+        ]
+        samples = dict(listed)
+        assert len(samples) == len(listed), f"{name} has a sample twice"
         families[name] = Family(name, family.type, family.documentation, samples)
     return Scrape(families)

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster as RayCluster
 
 import expertmesh
 from expertmesh import ConfigError
+from expertmesh.v1 import router_pb2
 from fleet import launch
 from tests.checkpoints import make_checkpoint
 from tests.mesh import wait_until
@@ -91,6 +92,29 @@ def test_serve_adds_expert_servers_to_a_controller_that_runs_elsewhere(
     assert len(nodes) == 2, "a slot is for one server"
     assert serve.returncode == 0
     assert states == {"draining"}
+
+
+def test_a_server_without_a_slot_waits_until_a_node_with_one_comes(
+    nodes_with_a_slot: RayCluster, checkpoint: tuple[Path, torch.nn.Module]
+) -> None:
+    came: list[object] = []
+
+    def bring_a_node(status: router_pb2.GetStatusResponse) -> None:
+        """What the autoscaler does: all that can start has, and something waits."""
+        if not came and [server.state for server in status.servers] == ["ready", "ready"]:
+            came.append(nodes_with_a_slot.add_node(num_cpus=1, resources={"expert_slot": 1}))
+
+    with launch(
+        checkpoint[0],
+        shards=3,
+        ray_address=nodes_with_a_slot.address,
+        cpus_per_server=1,
+        progress=bring_a_node,
+    ) as cluster:
+        nodes = {server.node for server in cluster.status().servers}
+
+    assert len(came) == 1
+    assert len(nodes) == 3
 
 
 def test_a_controller_that_does_not_answer_is_an_error_before_ray_is_joined(
