@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+from ray._private import ray_constants
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
@@ -241,7 +242,9 @@ def test_pods_have_time_to_drain_and_no_privileges() -> None:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             for variable in container.get("env", []):
-                if variable["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S":
+                if variable["name"].startswith("RAY_"):
+                    assert variable["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+                    assert hasattr(ray_constants, variable["name"])
                     assert int(variable["value"]) < spec["terminationGracePeriodSeconds"]
 
 

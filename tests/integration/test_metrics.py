@@ -7,6 +7,7 @@ import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
@@ -14,12 +15,22 @@ import expertmesh
 from expertmesh.config import BalanceConfig, RpcConfig
 from expertmesh.rpc import loop
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.v1 import router_pb2, router_pb2_grpc
 from load_controller.metrics import ALIVE_WITHIN_S
 from load_controller.server import ControllerServer
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh, wait_until
 from tests.processes import Service
 from tests.scrape import Scrape, scrape
+from tests.wire import (
+    RawStream,
+    admission,
+    channel_to,
+    devices_held,
+    forward,
+    proto,
+    wait_until_idle,
+)
 
 ROOT = Path(__file__).parents[2]
 ROWS, REQUESTS = 7, 3
@@ -155,6 +166,57 @@ def test_the_controller_says_what_was_counted_and_that_it_balances(
     assert [controller.value(f"expertmesh_controller_{name}") for name in versions] == [
         router.value(f"expertmesh_router_{name}") for name in versions
     ]
+
+
+def test_every_request_is_counted_once_however_it_ends(checkpoint: Path) -> None:
+    with local_mesh(checkpoint, metrics=True) as running:
+        router = admission(running.routers[0])
+        hidden = torch.randn(4, 64)
+        with (
+            channel_to(running.address) as channel,
+            RawStream(router_pb2_grpc.RouterServiceStub(channel).ForwardStream) as stream,
+        ):
+            unary = router_pb2_grpc.RouterServiceStub(channel).Forward
+            with devices_held(running):
+                stream.send(
+                    forward(1, hidden, 1),
+                    forward(1, hidden, 2),
+                    forward(1, hidden, 3, length=8),  # its chunks never come
+                    forward(99, hidden, 4),
+                )
+                call = unary.future(router_pb2.ForwardRequest(layer=1, hidden_states=proto(hidden)))
+                wait_until(lambda: router.frames == 4, 5.0, "in flight, one refused")
+                stream.send(router_pb2.ForwardStreamRequest(frame_id=2, cancel={}))
+                call.cancel()
+                wait_until(lambda: router.frames == 2, 5.0, "cancelled")
+            answers = stream.finish()
+            with pytest.raises(grpc.RpcError):
+                unary(router_pb2.ForwardRequest(layer=98, hidden_states=proto(hidden)))
+            unary(router_pb2.ForwardRequest(layer=1, hidden_states=proto(hidden)))
+        wait_until_idle(running)
+        seen = scrape(running.routers[0].metrics_address)
+
+    assert {answer.frame_id for answer in answers} == {1, 3, 4}
+    requests = seen.families["expertmesh_router_requests_total"].samples
+    assert {dict(labels)["outcome"]: n for (_, labels), n in requests.items() if n} == {
+        "OK": 2,
+        "CANCELLED": 2,
+        "INVALID_REQUEST": 1,
+        "UNKNOWN_LAYER": 2,
+    }
+
+
+def test_a_full_queue_shows_as_the_outcome_of_requests(checkpoint: Path) -> None:
+    rpc = RpcConfig(host="127.0.0.1", max_inflight_frames=0)
+    with local_mesh(checkpoint, shards=1, metrics=True, rpc=rpc) as running:
+        with expertmesh.connect(running.address) as client:
+            hidden = torch.randn(4, client.describe().hidden_size)
+            with pytest.raises(expertmesh.MeshError):
+                client.forward(hidden, 1, timeout=0.5)
+        seen = scrape(running.servers[0].metrics_address)
+
+    assert seen.value("expertmesh_expert_requests_total", outcome="QUEUE_FULL") > 1
+    assert seen.value("expertmesh_expert_requests_total", outcome="OK") == 0
 
 
 def test_a_repeated_report_is_counted_as_dropped(mesh: LocalMesh) -> None:
