@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,13 @@ def test_the_schema_of_rayclusters_finds_mistakes(spoil: Callable[[dict[str, Any
 
     with pytest.raises(jsonschema.ValidationError):
         _check(ray)
+
+
+@pytest.mark.parametrize("kind", CUSTOM)
+def test_a_schema_that_is_not_ours_says_where_it_is_from_and_under_which_licence(kind: str) -> None:
+    origin = schema(kind)["$comment"]
+
+    assert re.search(r"github\.com/\S+ \S+\.yaml at \S+; licence Apache-2\.0", origin)
 
 
 def test_a_key_that_is_there_twice_is_refused() -> None:

@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn
     return path, make_checkpoint("deepseek_v3", path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes_with_a_slot() -> Iterator[RayCluster]:
     """A head that offers nothing, as KubeRay's, and two nodes with room for one server each."""
     memory = {"memory": 4 << 30, "object_store_memory": 100 << 20}
@@ -47,6 +47,17 @@ def nodes_with_a_slot() -> Iterator[RayCluster]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+def test_a_controller_that_does_not_answer_is_an_error_before_ray_is_joined(
+    checkpoint: tuple[Path, torch.nn.Module],
+) -> None:
+    ray.shutdown()
+
+    with pytest.raises(ConfigError, match=r"no load controller answers at '127\.0\.0\.1:1'"):
+        launch(checkpoint[0], controller="127.0.0.1:1")
+
+    assert not ray.is_initialized()
 
 
 def test_serve_adds_expert_servers_to_a_controller_that_runs_elsewhere(
@@ -115,17 +126,6 @@ def test_a_server_without_a_slot_waits_until_a_node_with_one_comes(
 
     assert len(came) == 1
     assert len(nodes) == 3
-
-
-def test_a_controller_that_does_not_answer_is_an_error_before_ray_is_joined(
-    checkpoint: tuple[Path, torch.nn.Module],
-) -> None:
-    ray.shutdown()
-
-    with pytest.raises(ConfigError, match=r"no load controller answers at '127\.0\.0\.1:1'"):
-        launch(checkpoint[0], controller="127.0.0.1:1")
-
-    assert not ray.is_initialized()
 
 
 def test_every_process_of_a_launched_cluster_serves_metrics_on_a_port_of_its_own(
