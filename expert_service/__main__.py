@@ -12,7 +12,7 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import RpcConfig
 from expertmesh.errors import ConfigError
 from expertmesh.placement import initial_parts
-from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -34,6 +34,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--weights", default="auto", help="of FP8 checkpoints: fp8-w8a16, fp8-w8a8 or dequantised"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for computing")
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
 
@@ -62,9 +63,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         weights=arguments.weights,
         rpc=RpcConfig(port=arguments.port),
+        metrics_port=arguments.metrics_port,
     )
     await run_until_signal(
-        server, lambda: print(f"LISTENING {server.endpoint}", flush=True), server.failed
+        server, lambda: say_listening(server.endpoint, server.metrics_address), server.failed
     )
 
 

@@ -34,6 +34,7 @@ class ExpertServerOptions:
     threads: int = 1
     weights: str = "auto"
     host: str = ""  # address to advertise; empty for the node's
+    metrics_port: int | None = None  # 0 for any free one; None for no metrics
 
 
 class ExpertServerHost:
@@ -76,6 +77,7 @@ class ExpertServerHost:
                 dtype=options.dtype,
                 threads=options.threads,
                 weights=options.weights,
+                metrics_port=options.metrics_port,
             )
             await server.start()
         except MeshError as error:
@@ -95,6 +97,12 @@ class ExpertServerHost:
         if self._server is None:
             raise UnavailableError(f"node {self._node}: the server has not started")
         return self._server.endpoint
+
+    def status(self) -> bytes:
+        """What the server says of itself, a `ServerStatus`. Raises why there is none."""
+        self.endpoint()
+        assert self._server is not None
+        return self._server.status().SerializeToString()
 
     def pid(self) -> int:
         """Process id on this node."""

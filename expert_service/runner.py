@@ -20,6 +20,7 @@ from expertmesh.config import ExpertConfig
 from expertmesh.errors import OverloadedError, UnavailableError
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.session import RETRY_AFTER_S
+from expertmesh.telemetry.metric import Histogram
 
 _T = TypeVar("_T")
 
@@ -56,6 +57,9 @@ class DeviceRunner:
         self._max_queue = config.max_queue
         self._waiting = DeviceQueue(config.merge_rows, config.block_rows)
         self._queued = 0
+        self.queue_seconds = Histogram()
+        self.compute_seconds = Histogram()
+        self.rows = 0  # computed since the start
         self._arrivals: SimpleQueue[_Request | _Call | None] = SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -86,9 +90,18 @@ class DeviceRunner:
         )
         try:
             self._submit(job)
-            return await future
+            response = await future
         finally:
             self._queued -= 1
+        self.queue_seconds.observe(response.queue_us / 1e6)
+        self.compute_seconds.observe(response.compute_us / 1e6)
+        self.rows += len(request.hidden_states)
+        return response
+
+    @property
+    def queued(self) -> int:
+        """Requests before the device and on it."""
+        return self._queued
 
     async def call(self, function: Callable[..., _T], *arguments: object) -> _T:
         """Runs anything on the device thread, after what waits there now."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from expert_service import metrics
 from expert_service.announcer import Announcer
 from expert_service.kernels import create_backend
 from expert_service.runner import DeviceRunner
@@ -27,6 +28,7 @@ from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Fp8ExpertWeights, 
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.session import Admission, internal
 from expertmesh.rpc.tasks import TaskSet
+from expertmesh.telemetry.exposition import MetricsServer
 from expertmesh.v1 import control_pb2, expert_pb2, router_pb2
 
 _log = logging.getLogger(__name__)
@@ -69,10 +71,13 @@ class ExpertServer:
         weights: str = "auto",
         rpc: RpcConfig | None = None,
         config: ExpertConfig | None = None,
+        metrics_port: int | None = None,
     ) -> None:
         """`weights` says what becomes of an FP8 checkpoint's: see `kernels.WEIGHTS`.
 
-        Raises ConfigError for slots, backends, dtypes or weights that cannot be."""
+        `metrics_port` 0 serves metrics on any free port, None serves none. Raises ConfigError for
+        slots, backends, dtypes or weights that cannot be.
+        """
         config, rpc = config or ExpertConfig(), rpc or RpcConfig()
         self._checkpoint = checkpoint
         self._placing = placing
@@ -91,7 +96,12 @@ class ExpertServer:
         self._planned = tuple(slots)  # what it holds, or will hold once loaded
         self._runner = DeviceRunner(self.shard, threads, config)
         admission = Admission(rpc)
-        self._server = GrpcServer(rpc, admission)
+        self._metrics = MetricsServer(
+            lambda: metrics.read(self.status(), self.shard, self._runner, admission),
+            rpc.host,
+            metrics_port,
+        )
+        self._server = GrpcServer(rpc, admission, self._metrics)
         self._server.add(SERVICE, ExpertServicer(self, self._runner, admission).handlers())
         self._mover = SlotMover(
             self.shard,
@@ -118,6 +128,11 @@ class ExpertServer:
     def endpoint(self) -> str:
         """ "host:port" that routers can reach; known once started."""
         return f"{self._placing.host}:{self._server.port}"
+
+    @property
+    def metrics_address(self) -> str:
+        """ "host:port" of `/metrics`; empty when none are served."""
+        return f"{self._placing.host}:{self._metrics.port}" if self._metrics.port else ""
 
     @property
     def oldest_epoch(self) -> int:

@@ -14,6 +14,9 @@ PROTOCOL_VERSION = 1
 Score = Literal["softmax", "sigmoid"]
 GroupScore = Literal["top2_sum", "max"]
 
+#: What an announcement says of an expert server; the load controller adds the last one.
+SERVER_STATES = ("loading", "ready", "draining", "failed", "lost")
+
 
 class Slot(NamedTuple):
     """One physical copy of one layer's expert on one server.

@@ -76,10 +76,16 @@ class ServiceHost:
 class LoadControllerActor(ServiceHost):
     """The load controller; its file keeps its state and port over restarts."""
 
-    def __init__(self, state_file: str, balance: BalanceConfig, host: str) -> None:
+    def __init__(
+        self, state_file: str, balance: BalanceConfig, host: str, metrics_port: int | None = None
+    ) -> None:
         setup_logging()
         host = host or ray.util.get_node_ip_address()
-        super().__init__(lambda: ControllerServer(state_file, host=host, balance=balance))
+        super().__init__(
+            lambda: ControllerServer(
+                state_file, host=host, balance=balance, metrics_port=metrics_port
+            )
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,7 @@ class RouterOptions:
     port: int
     host: str  # address to advertise; empty for the node's
     port_file: str  # keeps the port of the first start, so that clients find a restarted router
+    metrics_port: int | None = None  # 0 for any free one; None for no metrics
 
 
 @ray.remote
@@ -116,6 +123,7 @@ class RouterActor(ServiceHost):
             controller=options.controller,
             host=options.host or ray.util.get_node_ip_address(),
             rpc=RpcConfig(port=port),
+            metrics_port=options.metrics_port,
         )
 
     def address(self) -> str:

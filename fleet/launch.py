@@ -17,7 +17,6 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expert_service.actor import ExpertServerActor, ExpertServerOptions
-from expert_service.kernels import BACKENDS, WEIGHTS
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
@@ -28,12 +27,21 @@ from expertmesh.placement import initial_parts
 from expertmesh.v1 import router_pb2
 from fleet import ray_session, state
 from fleet.actors import LoadControllerActor, RouterActor, RouterOptions
+from fleet.arguments import check_choices, check_counts, checked_path
+from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
+from fleet.ports import metrics_ports
 from fleet.ray_session import RaySession
-from fleet.resources import SERVICE_CPUS, Node, Request, plan_request, share_of_the_rest
+from fleet.resources import (
+    EXPERT_SLOT,
+    SERVICE_CPUS,
+    Node,
+    Request,
+    fixed_request,
+    plan_request,
+    share_of_the_rest,
+)
 
 _POLL_S = 0.1
-_STALLED_S = 180.0  # nothing new for this long while starting: give up and say what is missing
-_LAST_PORT = 65535
 _FREE_S = 5.0  # what a cluster that has just ended held is free again within this
 _STOP_S = 15.0  # a stopping actor may take this long to drain before it is killed
 
@@ -50,12 +58,18 @@ class Cluster:
         self.routers: list[Any] = []
         self.servers: dict[str, Any] = {}  # actors by server id
         self.addresses: list[str] = []
+        self.controller_address = ""
         self._closed = False
 
     @property
     def address(self) -> str:
         """ "host:port" of the router; several, separated by commas, when there are several."""
         return ",".join(self.addresses)
+
+    def endpoints(self) -> dict[str, str]:
+        """ "host:port" of every expert server, by server id."""
+        asked = {name: actor.endpoint.remote() for name, actor in self.servers.items()}
+        return {name: _get(ref, f"expert server {name}") for name, ref in asked.items()}
 
     def status(self) -> router_pb2.GetStatusResponse:
         """A router's view of the cluster."""
@@ -99,6 +113,9 @@ def launch(
     routers: int = 1,
     backend: str = "auto",
     weights: str = "auto",
+    controller: str = "",
+    cpus_per_server: float | None = None,
+    metrics_port: int | None = None,
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -112,37 +129,47 @@ def launch(
     `progress` is called with the router's view while servers load, an empty one while the router
     does not answer; what it raises ends the start. Raises ConfigError and
     CheckpointError; nothing is left behind then.
+
+    With `controller` ("host:port" of a load controller that runs already) only expert servers are
+    started; `port`, `balance` and `routers` mean nothing then, and READY is when all have loaded.
+    With `cpus_per_server` each server asks for that many CPUs and an `expert_slot`, and may wait
+    until Ray's autoscaler brings a node; otherwise they share out the nodes that are there.
+    `metrics_port` is where `/metrics` is served: by servers with an `expert_slot` each on its own
+    node, by several processes of one node on consecutive ports, as `metrics_ports` says.
     """
-    if not isinstance(checkpoint, str | os.PathLike):
-        raise ConfigError(f"checkpoint is {checkpoint!r}, expected the path of a folder")
-    path = Path(checkpoint).expanduser().resolve()
-    _check_count("shards", shards)
-    _check_count("replicas", replicas)
-    _check_count("routers", routers)
-    if not isinstance(port, int) or not 0 <= port <= _LAST_PORT - routers + 1:
-        raise ConfigError(f"port is {port!r}, expected 0 to {_LAST_PORT}")
-    if backend not in BACKENDS:
-        raise ConfigError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device is {device!r}, expected auto, cpu or cuda")
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    path = checked_path(checkpoint)
+    check_counts(shards=shards, replicas=replicas, routers=routers)
+    check_choices(port, routers, backend, device, weights)
     balance = BalanceConfig.of(balance)
+    services = 0 if controller else routers + 1
+    ports = metrics_ports(
+        metrics_port,
+        services=services,
+        servers=shards * replicas,
+        node_each=cpus_per_server is not None,
+    )
     with Checkpoint.open(path) as opened:
         spec, run_dtype = opened.spec, parse_dtype(dtype, opened)
     parts = initial_parts(spec, shards)
+    fixed, patience_s = None, STALLED_S
+    if cpus_per_server is not None:
+        patience_s = NODE_STALLED_S
+        fixed = fixed_request(cpus_per_server, parts, spec, run_dtype, device)
+    if controller:
+        check_controller(controller)
     session = ray_session.connect(ray_address)
     # What starts with one command on one machine is advertised to that machine.
     host = "127.0.0.1" if session.local else ""
     cluster = Cluster(session, Path(tempfile.mkdtemp(prefix="expertmesh-")))
     try:
-        request = _plan(parts, replicas, spec, run_dtype, device, routers + 1)
-        controller = _start_services(cluster, path, run_dtype, balance, port, routers, host)
+        request = fixed or _plan(parts, replicas, spec, run_dtype, device, services)
+        if not controller:
+            _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services)
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
             server_id="",
-            controller=controller,
+            controller=controller or cluster.controller_address,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -150,23 +177,26 @@ def launch(
             weights=weights,
             host=host,
         )
-        cluster.servers = start_servers(parts, replicas, request, template)
-        _wait_ready(cluster, progress)
+        cluster.servers = start_servers(parts, replicas, request, template, ports.servers)
+        if controller:
+            wait_loaded(cluster.servers, progress, patience_s=patience_s)
+        else:
+            _wait_ready(cluster, progress, patience_s)
+            _remember(cluster, command)
     except BaseException:
         cluster.close()
         raise
+    return cluster
+
+
+def _remember(cluster: Cluster, command: str) -> None:
+    """Makes it the cluster that the commands on this host find."""
     pid = os.getpid()
     state.remember(
         state.LastCluster(
             address=cluster.address, pid=pid, started=state.started(pid), command=command
         )
     )
-    return cluster
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
 
 
 def _plan(
@@ -199,10 +229,9 @@ def _nodes() -> list[Node]:
 
 def _start_services(
     cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig, port: int,
-    routers: int, host: str,
-) -> str:  # fmt: skip
-    """Starts controller and routers on this process's node, where their files are; returns the
-    controller's address."""
+    routers: int, host: str, metrics: Sequence[int | None],
+) -> None:  # fmt: skip
+    """Starts controller and routers on this process's node, where their files are."""
     node_id = ray.get_runtime_context().get_node_id()
     here = NodeAffinitySchedulingStrategy(node_id, soft=False)
     # A head node may offer no CPU at all (KubeRay's usual set-up): then nothing is reserved.
@@ -210,23 +239,23 @@ def _start_services(
     cpus = SERVICE_CPUS if offers else 0
     options = {"num_cpus": cpus, "max_restarts": -1, "scheduling_strategy": here}
     cluster.controller = LoadControllerActor.options(**options).remote(  # type: ignore[attr-defined]
-        str(cluster._folder / "controller.sqlite"), balance, host
+        str(cluster._folder / "controller.sqlite"), balance, host, metrics[0]
     )
-    controller: str = _get(cluster.controller.address.remote(), "the load controller")
+    cluster.controller_address = _get(cluster.controller.address.remote(), "the load controller")
     for index in range(routers):
         router_options = RouterOptions(
             checkpoint=str(path),
             dtype=dtype,
             router_id=f"router-{index}",
-            controller=controller,
+            controller=cluster.controller_address,
             port=port + index if port else 0,
             host=host,
             port_file=str(cluster._folder / f"router-{index}.port"),
+            metrics_port=metrics[1 + index],
         )
         router = RouterActor.options(**options).remote(router_options)  # type: ignore[attr-defined]
         cluster.routers.append(router)
     cluster.addresses = [_get(router.address.remote(), "a router") for router in cluster.routers]
-    return controller
 
 
 def start_servers(
@@ -234,8 +263,11 @@ def start_servers(
     replicas: int,
     request: Request,
     template: ExpertServerOptions,
+    metrics_ports: Sequence[int | None] | None = None,
 ) -> dict[str, Any]:
     """One actor for each part and replica, by server id; `template` says what they share.
+
+    `metrics_ports` has one for each, in the order in which they start; without it none has any.
 
     Replicas are started part after part, so that Ray's SPREAD puts the copies of a part on
     different nodes where there are several.
@@ -248,6 +280,7 @@ def start_servers(
                 num_cpus=request.cpus,
                 num_gpus=request.gpus,
                 memory=request.memory_bytes,
+                resources={EXPERT_SLOT: request.expert_slots} if request.expert_slots else None,
                 max_restarts=-1,
                 scheduling_strategy="SPREAD",
                 # Ray's own choice is one thread below two CPUs; ours is what we planned with. Idle
@@ -259,19 +292,20 @@ def start_servers(
                     }
                 },
             )
-            options = replace(template, slots=tuple(part), server_id=server_id)
+            port = metrics_ports[len(servers)] if metrics_ports else None
+            options = replace(template, slots=tuple(part), server_id=server_id, metrics_port=port)
             servers[server_id] = actor.remote(options)
     return servers
 
 
 def _get(ref: Any, what: str) -> Any:
     try:
-        return ray.get(ref, timeout=_STALLED_S)
+        return ray.get(ref, timeout=STALLED_S)
     except ray.exceptions.RayTaskError as error:
         raise _cause(error, what) from None
     except ray.exceptions.GetTimeoutError:
         raise ConfigError(
-            f"Ray has not started {what} for {_STALLED_S:.0f} s: its CPUs may be in use by others; "
+            f"Ray has not started {what} for {STALLED_S:.0f} s: its CPUs may be in use by others; "
             "see `ray status`"
         ) from None
     except ray.exceptions.RayError as error:
@@ -283,8 +317,9 @@ def _cause(error: ray.exceptions.RayTaskError, what: str) -> MeshError:
     return cause if isinstance(cause, MeshError) else ConfigError(f"{what} failed: {error}")
 
 
-def _wait_ready(cluster: Cluster, progress: Progress | None) -> None:
-    """Until every router can ask for every expert. Raises what a server says it failed of."""
+def _wait_ready(cluster: Cluster, progress: Progress | None, patience_s: float) -> None:
+    """Until every router can ask for every expert. Raises what a server says it failed of, and
+    ConfigError when nothing moves for `patience_s`."""
     asked = {name: actor.endpoint.remote() for name, actor in cluster.servers.items()}
     started: set[str] = set()
     waiting = list(cluster.addresses)
@@ -309,8 +344,9 @@ def _wait_ready(cluster: Cluster, progress: Progress | None) -> None:
         ])  # fmt: skip
         if now != last:
             last, moved_at = now, time.monotonic()
-        if time.monotonic() - moved_at > _STALLED_S:
-            raise ConfigError(_stalled(sorted(cluster.servers.keys() - started), status))
+        if time.monotonic() - moved_at > patience_s:
+            absent = sorted(cluster.servers.keys() - started)
+            raise ConfigError(_stalled(absent, status, patience_s))
         time.sleep(_POLL_S)
 
 
@@ -330,14 +366,16 @@ def _raise_failure(status: router_pb2.GetStatusResponse) -> None:
             )
 
 
-def _stalled(absent: Sequence[str], status: router_pb2.GetStatusResponse | None) -> str:
+def _stalled(
+    absent: Sequence[str], status: router_pb2.GetStatusResponse | None, after_s: float
+) -> str:
     if absent:
         return (
-            f"Ray has not started {', '.join(absent)} for {_STALLED_S:.0f} s: their CPUs, GPUs "
+            f"Ray has not started {', '.join(absent)} for {after_s:.0f} s: their CPUs, GPUs "
             "or memory may be in use by others; see `ray status`"
         )
     reason = "the router does not answer" if status is None else status.reason
-    return f"nothing has moved for {_STALLED_S:.0f} s while starting: {reason}"
+    return f"nothing has moved for {after_s:.0f} s while starting: {reason}"
 
 
 def _stop_all(actors: Sequence[Any]) -> None:

@@ -14,6 +14,8 @@ from expertmesh.model import ModelSpec, Slot
 #: A router and the controller each reserve this many CPUs: enough to keep their node alive in
 #: the eyes of Ray's autoscaler, too little to take a core from an expert server.
 SERVICE_CPUS = 0.01
+#: Ray's name of what a node offers once for each server it takes: see deploy/README.md.
+EXPERT_SLOT = "expert_slot"
 _LOADING_FACTOR = 1.3  # a server's peak while it loads, over its packed shard
 _BASE_BYTES = 512 << 20  # Python, torch, gRPC and Ray in one process
 _CUDA_BYTES = 2 << 30  # CUDA's libraries and pinned memory; an allowance, not measured
@@ -39,6 +41,8 @@ class Request:
     memory_bytes: int
     gpus: float
     threads: int
+    #: Units of the custom resource EXPERT_SLOT; nodes that offer it take one server for each.
+    expert_slots: int = 0
 
 
 def shard_bytes(spec: ModelSpec, slots: Sequence[Slot], dtype: torch.dtype) -> int:
@@ -46,6 +50,16 @@ def shard_bytes(spec: ModelSpec, slots: Sequence[Slot], dtype: torch.dtype) -> i
     layers = {layer.index: layer for layer in spec.layers}
     rows = sum(layers[slot.layer].width(slot.expert) for slot in slots)
     return 3 * rows * spec.hidden_size * dtype.itemsize
+
+
+def _host_bytes(
+    parts: Sequence[Sequence[Slot]], spec: ModelSpec, dtype: torch.dtype, device: str
+) -> tuple[int, int]:
+    """Bytes of weights that the largest server holds in its host's memory, and of all else."""
+    base, held = _BASE_BYTES, parts
+    if device == "cuda":  # one expert at a time passes through the host
+        base, held = _BASE_BYTES + _CUDA_BYTES, [[slot] for part in parts for slot in part]
+    return max(shard_bytes(spec, part, dtype) for part in held), base
 
 
 def plan_request(
@@ -60,14 +74,12 @@ def plan_request(
     memory or GPUs do not suffice.
     """
     servers = len(parts) * replicas
-    base, held, gpus = _BASE_BYTES, parts, 0.0
+    gpus = 0.0
     room = [servers] * len(nodes)  # servers that each node has GPUs for
     if device == "cuda":
         gpus = _gpus(nodes, servers)
         room = [int(node.gpus) * round(1 / gpus) for node in nodes]
-        # One expert at a time passes through the host.
-        base, held = _BASE_BYTES + _CUDA_BYTES, [[slot] for part in parts for slot in part]
-    largest = max(shard_bytes(spec, part, dtype) for part in held)
+    largest, base = _host_bytes(parts, spec, dtype, device)
     memory = int(largest * _LOADING_FACTOR) + base
     room = [min(n, int(node.memory_bytes // memory)) for n, node in zip(room, nodes, strict=True)]
     if sum(room) < servers:
@@ -83,6 +95,22 @@ def plan_request(
     available = [max(0.0, node.cpus * _OURS - kept) for node in nodes]
     cpus = _equal_share(available, room, servers)
     return Request(cpus, memory, gpus, max(1, round(cpus / _OURS)))
+
+
+def fixed_request(
+    cpus: float, parts: Sequence[Sequence[Slot]], spec: ModelSpec, dtype: torch.dtype, device: str
+) -> Request:
+    """What every server asks for whatever nodes there are: those may come when it is asked.
+
+    An expert slot, these CPUs, memory for the largest part, on cuda a whole GPU. Raises
+    ConfigError for a number of CPUs that cannot be.
+    """
+    if not cpus > 0:
+        raise ConfigError(f"cpus_per_server is {cpus!r}, expected a number above 0")
+    largest, base = _host_bytes(parts, spec, dtype, device)
+    memory = int(largest * _LOADING_FACTOR) + base
+    gpus = 1.0 if device == "cuda" else 0.0
+    return Request(cpus, memory, gpus, max(1, int(cpus)), expert_slots=1)
 
 
 def share_of_the_rest(planned: Request, free_cpus: float, servers: int, services: int) -> Request:

@@ -8,7 +8,7 @@ import sys
 import uvloop
 
 from expertmesh.config import BalanceConfig, RpcConfig
-from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from load_controller.server import ControllerServer
 
 
@@ -29,6 +29,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="a setting of BalanceConfig, as max_delta=0.1; may be repeated",
     )
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
 
@@ -38,8 +39,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
         rpc=RpcConfig(port=arguments.port),
+        metrics_port=arguments.metrics_port,
     )
-    await run_until_signal(server, lambda: print(f"LISTENING {server.address}", flush=True))
+    await run_until_signal(server, lambda: say_listening(server.address, server.metrics_address))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,6 +36,9 @@ class Accounts:
         # [changed, sampled] picks. Not stored: it says what is, not what was.
         self._shares = Ledger()
         self.top_k: dict[int, int] = {}
+        #: Since this process started, by kind: reports that brought news, and old ones.
+        self.reports_taken = dict.fromkeys(self._ledgers, 0)
+        self.reports_dropped = dict.fromkeys(self._ledgers, 0)
 
     def take_assignments(self, request: pb.ReportAssignmentsRequest) -> dict[int, Counts] | None:
         """What a router's report adds to the assignments by layer; None for an old or repeated one.
@@ -71,7 +74,10 @@ class Accounts:
     ) -> dict[int, Counts] | None:
         report = _report(request, totals)
         news = self._ledgers[kind].take(report)
-        if news is not None:
+        if news is None:
+            self.reports_dropped[kind] += 1
+        else:
+            self.reports_taken[kind] += 1
             self._store.save_report(kind, report)
         return news
 

@@ -56,7 +56,7 @@ class LoadController:
         self._servers: dict[str, pb.AnnounceServerRequest] = {}
         self._heard_at: dict[str, float] = {}
         self._routers: dict[str, _Router] = {}
-        self._accounts = Accounts(store)
+        self.accounts = Accounts(store)
         self._holdings = store.holdings()
         self.balancer = Balancer(balance, balance.mode)
         self.beats = 0
@@ -244,27 +244,36 @@ class LoadController:
         if router is not None and router.incarnation == request.incarnation:
             router.bias_version, router.epoch = request.bias_version, request.epoch
         scores = messages.scores_of(request, self.balancer.gates)
-        shares = self._accounts.take_shares(request)
+        shares = self.accounts.take_shares(request)
         with self._store.transaction():  # routers hear of it in the loop's next turn, after this
-            news = self._accounts.take_assignments(request)
+            news = self.accounts.take_assignments(request)
             if news is None:
                 return
             cut = False
             for layer, sample in scores.items():
                 share = shares.get(layer, UNMEASURED)
                 cut |= self.balancer.sample(request.source, layer, sample, share, now)
-            self.balancer.count(news, self._accounts.top_k, now)
+            self.balancer.count(news, self.accounts.top_k, now)
             self.close_windows(now, cut)
 
     def take_executions(self, request: pb.ReportExecutionsRequest) -> None:
         """Takes a server's totals. Raises InvalidRequestError for impossible ones."""
-        self._accounts.take_executions(request)
+        self.accounts.take_executions(request)
+
+    @property
+    def routers(self) -> int:
+        """How many routers watch now."""
+        return len(self._routers)
+
+    def server_states(self) -> list[str]:
+        """The state of every server that was ever announced."""
+        return [entry.server.state for entry in self._servers.values()]
 
     def load(self) -> pb.GetClusterLoadResponse:
         """Every count so far, and how each layer is balanced."""
         return pb.GetClusterLoadResponse(
-            layers=self._accounts.layer_loads(),
-            executions=self._accounts.layer_executions(),
+            layers=self.accounts.layer_loads(),
+            executions=self.accounts.layer_executions(),
             bias_version=self.bias_version,
             epoch=self.epoch,
             balance=messages.layer_balances(self.balancer),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from expertmesh.config import BalanceConfig, RpcConfig
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.session import Admission
 from expertmesh.rpc.tasks import TaskSet
+from expertmesh.telemetry.exposition import MetricsServer
+from expertmesh.telemetry.metric import Reading
+from load_controller import metrics
 from load_controller.controller import LoadController
 from load_controller.mover import Mover
 from load_controller.servicer import SERVICE, Changes, ControlServicer
@@ -32,11 +36,12 @@ class ControllerServer:
         host: str,
         balance: BalanceConfig | None = None,
         rpc: RpcConfig | None = None,
+        metrics_port: int | None = None,
     ) -> None:
         """`host` is the address that routers and servers can reach.
 
         The port of the first start is kept in `state_file`: a restarted controller is found again
-        where it was.
+        where it was. `metrics_port` 0 serves metrics on any free port, None serves none.
         """
         self._store = Store(state_file)
         rpc = rpc or RpcConfig()
@@ -45,16 +50,27 @@ class ControllerServer:
         changes = self._changes = Changes()
         self.controller = LoadController(self._store, balance or BalanceConfig(), changes.notify)
         self._host = host
-        self._server = GrpcServer(rpc, Admission(rpc))
+        self._metrics = MetricsServer(self._readings, rpc.host, metrics_port)
+        self._server = GrpcServer(rpc, Admission(rpc), self._metrics)
+        self._ticked_at = time.monotonic()
         self._tasks = TaskSet()
         self._mover = Mover(self.controller)
-        servicer = ControlServicer(self.controller, self._mover, changes, self._tasks)
-        self._server.add(SERVICE, servicer.handlers())
+        self._servicer = ControlServicer(self.controller, self._mover, changes, self._tasks)
+        self._server.add(SERVICE, self._servicer.handlers())
 
     @property
     def address(self) -> str:
         """ "host:port" that peers can reach; known once started."""
         return f"{self._host}:{self._server.port}"
+
+    @property
+    def metrics_address(self) -> str:
+        """ "host:port" of `/metrics`; empty when none are served."""
+        return f"{self._host}:{self._metrics.port}" if self._metrics.port else ""
+
+    def _readings(self) -> Iterator[Reading]:
+        age_s = time.monotonic() - self._ticked_at
+        return metrics.read(self.controller, self._servicer.pushes, age_s)
 
     async def start(self) -> None:
         """Listens. Raises ConfigError when it cannot."""
@@ -75,6 +91,7 @@ class ControllerServer:
             if now >= beat_at:
                 self.controller.beat(now)
                 beat_at = now + _BEAT_S
+            self._ticked_at = now
 
     async def stop(self) -> None:
         """Closes the port and the file."""

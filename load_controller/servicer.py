@@ -58,6 +58,7 @@ class ControlServicer:
         self._mover = mover
         self._changes = changes
         self._tasks = tasks
+        self.pushes = 0  # messages sent to routers that watch
 
     def handlers(self) -> dict[str, Any]:
         """The service's method table."""
@@ -101,6 +102,7 @@ class ControlServicer:
                 changed = self._changes.next()
                 if now != sent:
                     sent = now
+                    self.pushes += 1
                     yield message
                 else:
                     await asyncio.shield(changed)

@@ -8,7 +8,7 @@ import sys
 import uvloop
 
 from expertmesh.config import RpcConfig
-from expertmesh.rpc.process import exit_code, run_until_signal, setup_logging
+from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from router_service.server import RouterServer, open_model
 
 
@@ -23,6 +23,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--router-id", default="router-0", help="stable name of this router")
     parser.add_argument("--host", default="127.0.0.1", help="address that clients can reach")
     parser.add_argument("--port", type=int, default=0, help="0 for any free port")
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
 
@@ -33,8 +34,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
         controller=arguments.controller,
         host=arguments.host,
         rpc=RpcConfig(port=arguments.port),
+        metrics_port=arguments.metrics_port,
     )
-    await run_until_signal(server, lambda: print(f"LISTENING {server.address}", flush=True))
+    await run_until_signal(server, lambda: say_listening(server.address, server.metrics_address))
 
 
 def main(argv: list[str] | None = None) -> int:

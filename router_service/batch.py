@@ -68,6 +68,16 @@ class LayerQueue:
         self._waiting: deque[_Waiting] = deque()
         self._running = 0
 
+    @property
+    def waiting(self) -> int:
+        """Requests that no batch has taken yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Batches under way."""
+        return self._running
+
     async def answer(self, request: ForwardRequest, deadline: Deadline) -> Answer:
         """The request's share of the batch that it joins."""
         member = Member(request, deadline)

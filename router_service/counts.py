@@ -20,6 +20,7 @@ class AssignmentCounts:
         self._top_k = {layer.index: layer.top_k for layer in moe}
         self.version = 0
         self.answered_requests = 0
+        self.answered_rows = 0
         self.retried_pairs = 0
 
     def add(
@@ -28,6 +29,7 @@ class AssignmentCounts:
         """Counts one answer; ids of -1 are none."""
         self.version += 1
         self.answered_requests += 1
+        self.answered_rows += len(expert_ids)
         self.retried_pairs += retried
         table = (self._caller if caller_gated else self._gated).get(layer)
         if table is not None:

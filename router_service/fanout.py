@@ -113,6 +113,7 @@ class FanOut:
         self._pool = pool
         self._slots = slots
         self._config = config
+        self.hedges = 0  # parts asked of a replica because their server was silent
         self._salt = 0
         self._hedges = HedgeBudget(config.hedge_burst, config.hedge_share)
 
@@ -246,6 +247,7 @@ class FanOut:
         self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
         """Sends a silent server's pairs to replicas too; whoever answers first is taken."""
+        self.hedges += 1
         run.count_again(ask.part)
         again = ask.part.ids_among(run.rows)
         hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid | {ask.server}))

@@ -52,6 +52,10 @@ class ExpertPool:
         """The link to a server, if it is announced."""
         return self._links.get(server_id)
 
+    def links(self) -> list[tuple[str, ServerLink]]:
+        """Every announced server's id and link, by id."""
+        return sorted(self._links.items())
+
     def can_be_asked(self, server_id: str) -> bool:
         """Whether requests can be sent to the server now."""
         link = self._links.get(server_id)
@@ -98,7 +102,7 @@ class ExpertPool:
     def statuses(self) -> list[router_pb2.ServerStatus]:
         """The directory, with what this router knows besides."""
         listed = []
-        for _, link in sorted(self._links.items()):
+        for _, link in self.links():
             entry = router_pb2.ServerStatus()
             entry.CopyFrom(link.announced)
             entry.connected = link.connected

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from expertmesh.model import LayerSpec
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.tasks import TaskSet
+from expertmesh.telemetry.metric import Histogram
 from expertmesh.v1 import control_pb2
 from router_service import routing, validate
 from router_service.batch import Answer, LayerQueue, Member, split
@@ -36,6 +38,8 @@ class Router:
         self.counts = AssignmentCounts(model.spec)
         self.meter = DivergenceMeter(model, config)
         self.snapshot = Snapshot(SlotMap.of(0, model.spec, {}))
+        #: Seconds that answered requests took here, by kind of layer.
+        self.request_seconds = {"moe": Histogram(), "dense": Histogram()}
         self._config = config
         self._queues: dict[tuple[int, torch.dtype, bool], LayerQueue] = {}
         self._tasks = TaskSet()
@@ -48,6 +52,7 @@ class Router:
 
         Raises InvalidRequestError and its kinds, UnavailableError, OverloadedError.
         """
+        started_at = time.perf_counter()
         layer = validate.check(request, self.model.spec, self.model.layer(request.layer))
         if deadline.timeout is None:
             deadline = Deadline.after(self._config.default_timeout_s)
@@ -61,6 +66,7 @@ class Router:
             caller_gated=request.expert_ids is not None,
             retried=int(answer.retried_T.sum()),
         )
+        self.request_seconds[layer.kind].observe(time.perf_counter() - started_at)
         return _response(request, answer, layer.top_k)
 
     def _empty(self, request: ForwardRequest, layer: LayerSpec) -> Answer:
@@ -132,9 +138,25 @@ class Router:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, self.meter.measure, drained)
 
+    @property
+    def queues(self) -> Collection[LayerQueue]:
+        """The queue of every layer and dtype that was ever asked for."""
+        return self._queues.values()
+
+    @property
+    def hedges(self) -> int:
+        """Parts asked of a replica because their server was silent, since the start."""
+        return self._fanout.hedges
+
     def oldest_epoch(self) -> int:
         """The oldest placement that a batch in flight uses; the newest when none is."""
         return self._epochs.oldest(self.snapshot.slots.epoch)
+
+    def experts_without_server(self) -> int:
+        """How many experts, over all layers, no connected server holds."""
+        slots = self.snapshot.slots
+        layers = (layer.index for layer in self.model.spec.layers)
+        return sum(int((self.pool.holders(slots, i).count_E == 0).sum()) for i in layers)
 
     def missing(self) -> str:
         """What keeps this router from answering every request, in words; empty when nothing."""

@@ -16,6 +16,8 @@ from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.session import Admission
 from expertmesh.rpc.tasks import TaskSet
+from expertmesh.telemetry.exposition import MetricsServer
+from router_service import metrics
 from router_service.controller_link import ControllerLink
 from router_service.pool import ExpertPool
 from router_service.router import Router
@@ -56,14 +58,21 @@ class RouterServer:
         host: str,
         rpc: RpcConfig | None = None,
         config: RouterConfig | None = None,
+        metrics_port: int | None = None,
     ) -> None:
-        """`host` is the address that clients can reach; `controller` is "host:port"."""
+        """`host` is the address that clients can reach; `controller` is "host:port".
+
+        `metrics_port` 0 serves metrics on any free port, None serves none.
+        """
         config = config or RouterConfig()
         rpc = rpc or RpcConfig()
         self.router = Router(model, ExpertPool(model.digest, config), config)
         self._host = host
         admission = Admission(rpc)
-        self._server = GrpcServer(rpc, admission)
+        self._metrics = MetricsServer(
+            lambda: metrics.read(self.router, self._link, admission), rpc.host, metrics_port
+        )
+        self._server = GrpcServer(rpc, admission, self._metrics)
         self._link = ControllerLink(self.router, router_id, controller, config.report_every_s)
         servicer = RouterServicer(self.router, self._link, admission)
         self._server.add(SERVICE, servicer.handlers())
@@ -73,6 +82,11 @@ class RouterServer:
     def address(self) -> str:
         """ "host:port" that clients can reach; known once started."""
         return f"{self._host}:{self._server.port}"
+
+    @property
+    def metrics_address(self) -> str:
+        """ "host:port" of `/metrics`; empty when none are served."""
+        return f"{self._host}:{self._metrics.port}" if self._metrics.port else ""
 
     async def start(self) -> None:
         """Listens, then follows the controller. Raises ConfigError when it cannot listen."""

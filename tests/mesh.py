@@ -106,12 +106,20 @@ async def _start(
     balance: BalanceConfig,
     router_config: RouterConfig,
     options: dict[str, object],
+    metrics_port: int | None,
 ) -> LocalMesh:
-    controller = ControllerServer(state, host="127.0.0.1", balance=balance, rpc=LOCAL)
+    controller = ControllerServer(
+        state, host="127.0.0.1", balance=balance, rpc=LOCAL, metrics_port=metrics_port
+    )
     await controller.start()
     servers = [
         await start_server_at(
-            path, controller.address, f"s{part}r{replica}", part, shards, **options
+            path,
+            controller.address,
+            f"s{part}r{replica}",
+            part,
+            shards,
+            **{"metrics_port": metrics_port, **options},
         )
         for part in range(shards)
         for replica in range(replicas)
@@ -125,6 +133,7 @@ async def _start(
             host="127.0.0.1",
             rpc=LOCAL,
             config=router_config,
+            metrics_port=metrics_port,
         )
         await router.start()
         started.append(router)
@@ -148,9 +157,13 @@ def local_mesh(
     routers: int = 1,
     balance: BalanceConfig | None = None,
     router_config: RouterConfig | None = None,
+    metrics: bool = False,
     **options: object,
 ) -> Iterator[LocalMesh]:
-    """A cluster that serves the checkpoint; `options` go to every expert server."""
+    """A cluster that serves the checkpoint; `options` go to every expert server.
+
+    With `metrics` every service serves them on a free port.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mesh = loop.run(
             _start(
@@ -162,6 +175,7 @@ def local_mesh(
                 balance or BalanceConfig(),
                 router_config or RouterConfig(),
                 options,
+                0 if metrics else None,
             )
         )
         try:

@@ -29,7 +29,7 @@ class Service:
             self._command, stdout=subprocess.PIPE, env=environment, text=True
         )
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        self.line = line = self.process.stdout.readline()
         if not line.startswith("LISTENING "):
             self.process.wait(_START_S)
             raise AssertionError(f"{self._command} ended with {self.process.returncode}")

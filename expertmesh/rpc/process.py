@@ -31,6 +31,12 @@ def setup_logging(level: str = "INFO") -> None:
     )
 
 
+def say_listening(address: str, metrics_address: str = "") -> None:
+    """Prints where a service can be reached, for whoever started it."""
+    metrics = f" metrics {metrics_address}" if metrics_address else ""
+    print(f"LISTENING {address}{metrics}", flush=True)
+
+
 async def run_until_signal(
     service: Service,
     on_started: Callable[[], None],

@@ -14,10 +14,16 @@ from grpc_reflection.v1alpha import reflection
 
 from expertmesh.codec.messages import Codec, decode_whole, encode_whole
 from expertmesh.config import RpcConfig
-from expertmesh.errors import ConfigError, InvalidRequestError, MeshError
+from expertmesh.errors import (
+    CancelledRequestError,
+    ConfigError,
+    InvalidRequestError,
+    MeshError,
+)
 from expertmesh.rpc import status
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import Admission, FrameProtocol, FrameSession, answer_in_time
+from expertmesh.rpc.session import OK, Admission, FrameProtocol, FrameSession, answer_in_time
+from expertmesh.telemetry.exposition import MetricsServer
 
 Handler = Callable[[Any, Deadline], Awaitable[Any]]
 _CLOSE_S = 0.5  # for streams that have ended to be closed on the wire too
@@ -57,6 +63,7 @@ def unary_tensor(protocol: FrameProtocol) -> grpc.RpcMethodHandler[Any, Any]:
     async def call(buffer: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         size = len(buffer)
         entered = False
+        outcome = CancelledRequestError.reason
         try:
             request = decode_whole(protocol.request_codec, buffer, admission.max_request_bytes)
             admission.enter(size)
@@ -64,11 +71,15 @@ def unary_tensor(protocol: FrameProtocol) -> grpc.RpcMethodHandler[Any, Any]:
             deadline = Deadline.after(context.time_remaining())
             response = await answer_in_time(protocol.handle, request, deadline)
             codec: Codec[Any] = protocol.response_codec
-            return encode_whole(codec, response)
+            encoded = encode_whole(codec, response)
+            outcome = OK
+            return encoded
         except MeshError as error:
+            outcome = error.reason
             await context.abort_with_status(status.to_status(error))
             raise
         finally:
+            admission.ended(outcome)
             if entered:
                 admission.leave(size)
 
@@ -85,11 +96,14 @@ def stream_tensor(protocol: FrameProtocol) -> grpc.RpcMethodHandler[Any, Any]:
 
 
 class GrpcServer:
-    """One listening server. Used from one event loop."""
+    """One listening server, with its metrics beside it. Used from one event loop."""
 
-    def __init__(self, config: RpcConfig, admission: Admission) -> None:
+    def __init__(
+        self, config: RpcConfig, admission: Admission, metrics: MetricsServer | None = None
+    ) -> None:
         self._config = config
         self._admission = admission
+        self._metrics = metrics
         self._health = health_aio.HealthServicer()
         self._names: list[str] = []
         limit = config.max_request_bytes + _SLACK_BYTES
@@ -121,9 +135,13 @@ class GrpcServer:
             self._server,
         )  # fmt: skip
         wanted = f"{self._config.host}:{self._config.port}"
+        if self._metrics is not None:
+            await self._metrics.start()
         try:
             self.port = self._server.add_insecure_port(wanted)
         except RuntimeError as error:
+            if self._metrics is not None:
+                await self._metrics.stop()
             raise ConfigError(f"cannot listen on {wanted}: {error}; choose another port") from None
         await self.set_serving(False)
         await self._server.start()
@@ -144,3 +162,5 @@ class GrpcServer:
         await self._admission.drain(self._config.drain_s)
         # Streams have been ended, from here: give their last messages time to leave.
         await self._server.stop(_CLOSE_S)
+        if self._metrics is not None:
+            await self._metrics.stop()

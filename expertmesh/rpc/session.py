@@ -16,6 +16,7 @@ from expertmesh.codec import frames
 from expertmesh.codec.messages import Codec, Pending
 from expertmesh.config import RpcConfig
 from expertmesh.errors import (
+    BY_REASON,
     CancelledRequestError,
     DeadlineError,
     InternalError,
@@ -29,6 +30,7 @@ from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.outbox import Outbox
 
 _log = logging.getLogger(__name__)
+OK = "OK"  # how a request ended, where the others are an error's `reason`
 RETRY_AFTER_S = 0.05  # a queue of ours empties within some tens of milliseconds
 _INCOMPLETE = InvalidRequestError(
     "the stream ended before all chunks of the hidden states had come: send them all",
@@ -49,6 +51,7 @@ class Admission:
         self._config = config
         self.frames = 0
         self.bytes = 0
+        self.outcomes = dict.fromkeys((OK, *BY_REASON), 0)  # requests since the start
         self.draining = False
         self.streams: set[asyncio.Task[Any]] = set()  # the reading task of each open stream
         self._idle = asyncio.Event()
@@ -86,6 +89,11 @@ class Admission:
         self.bytes -= size
         if self.frames == 0:
             self._idle.set()
+
+    def ended(self, outcome: str) -> None:
+        """Counts one request: OK, or the reason of the error that it was answered with."""
+        known = outcome if outcome in self.outcomes else InternalError.reason
+        self.outcomes[known] += 1
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more in, waits at most that long for what is in flight, and ends the streams."""
@@ -158,7 +166,7 @@ class FrameSession:
             finally:
                 streams.discard(reader)
                 for frame_id in list(self._frames):
-                    self._give_up(frame_id)
+                    self._cancel(frame_id)
                 self._outbox.clear()
                 writer.cancel()
         error = None if reader.cancelled() else reader.result()
@@ -195,7 +203,7 @@ class FrameSession:
         elif isinstance(message, frames.Chunk):
             self._continue(buffer, message, group)
         else:
-            self._give_up(message.frame_id)
+            self._cancel(message.frame_id)
 
     def _begin(self, buffer: bytes, message: frames.Start, group: asyncio.TaskGroup) -> None:
         if message.frame_id in self._frames:
@@ -243,8 +251,14 @@ class FrameSession:
         self._refuse(frame_id, _LATE if frame.task is None else _UNANSWERED)
 
     def _refuse(self, frame_id: int, error: MeshError) -> None:
+        self._protocol.admission.ended(error.reason)
         self._give_up(frame_id)
         self._outbox.put(frame_id, iter((frames.encode_error(frame_id, error),)))
+
+    def _cancel(self, frame_id: int) -> None:
+        if frame_id in self._frames:
+            self._protocol.admission.ended(CancelledRequestError.reason)
+        self._give_up(frame_id)
 
     def _give_up(self, frame_id: int) -> None:
         frame = self._frames.pop(frame_id, None)
@@ -264,13 +278,15 @@ class FrameSession:
             request = frame.pending.finish()
             response = await answer(protocol.handle, request, frame.deadline)
             messages = frames.encode(protocol.response_codec, response, frame_id)
-        except MeshError as error:
+            outcome = OK
+        except Exception as failure:
+            error = failure if isinstance(failure, MeshError) else internal(failure)
             messages = iter((frames.encode_error(frame_id, error),))
-        except Exception as error:
-            messages = iter((frames.encode_error(frame_id, internal(error)),))
+            outcome = error.reason
         if self._frames.pop(frame_id, None) is not None:
             if frame.timer is not None:
                 frame.timer.cancel()
+            protocol.admission.ended(outcome)
             leave = partial(protocol.admission.leave, frame.size)
             self._outbox.put(frame_id, messages, leave)
             self._answered.set()

@@ -57,9 +57,11 @@ class LoadingBars:
         """Takes a router's view."""
         if self._quiet:
             return
-        if self._progress is None and not self._begun and status.controller:
+        if self._progress is None and not self._begun:
             self._begun = True
-            print("the router is up; expert servers start", file=sys.stderr, flush=True)
+            # Without a router there is no view of one, and nobody who could name the controller.
+            up = "the router is up; " if status.controller else ""
+            print(f"{up}expert servers start", file=sys.stderr, flush=True)
         for server in status.servers:
             if self._progress is None:
                 self._say(server)

@@ -15,6 +15,7 @@ EXAMPLES = """\
   expertmesh serve ./DeepSeek-V2-Lite --shards 2
   expertmesh serve ./model --shards 4 --replicas 2 --port 50051
   expertmesh serve ./model --ray-address auto --shards 8     # spread over a running Ray cluster
+  expertmesh serve ./model --ray-address auto --controller 10.0.0.5:50050 --cpus-per-server 8
 """
 
 
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=50051, help="router port; 0 for any (50051)")
     parser.add_argument("--ray-address", default=None, help="join this Ray: auto or host:port")
+    parser.add_argument(
+        "--controller", default="", help="start only expert servers, for this one: host:port"
+    )
+    parser.add_argument(
+        "--cpus-per-server", type=float, help="ask Ray for these and an expert_slot each"
+    )
+    parser.add_argument("--metrics-port", type=int, help="serve /metrics from this port on")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
 
 
@@ -51,16 +59,19 @@ def run(arguments: argparse.Namespace) -> int:
             routers=arguments.routers,
             backend=arguments.backend,
             weights=arguments.weights,
+            controller=arguments.controller,
+            cpus_per_server=arguments.cpus_per_server,
+            metrics_port=arguments.metrics_port,
             progress=progress,
             command=NAME,
         )
     with cluster:
-        endpoints = {s.server_id: s.endpoint for s in cluster.status().servers}
+        endpoints = cluster.endpoints()
         if arguments.json:
             ready = {"event": "READY", "address": cluster.address, "experts": endpoints}
             emit(json.dumps(ready))
         else:
             experts = " ".join(f"{name}={at}" for name, at in endpoints.items())
-            emit(f"READY {cluster.address} {experts}")
+            emit(f"READY {cluster.address or 'experts'} {experts}")
         interrupts.wait()
     return 0

@@ -29,6 +29,7 @@ ONLY_IN = {
     "ray": ("expert_service/actor.py", "fleet/", "tests/", "benchmarks/"),
     # It pulls Ray in, without which the services run too.
     "expert_service.actor": ("fleet/", "tests/", "benchmarks/"),
+    "prometheus_client": ("expertmesh/telemetry/", "tests/"),
     "triton": ("expert_service/kernels/", "router_service/kernels/", "tests/", "benchmarks/"),
     # The demo shows that the cluster and the model in process write the same text.
     "transformers": (
@@ -45,6 +46,7 @@ PURE = (
     "expertmesh/gating.py",
     "expertmesh/model.py",
     "expertmesh/placement.py",
+    "expertmesh/telemetry/metric.py",
     "load_controller/balancer.py",
     "load_controller/forecast.py",
     "load_controller/ledger.py",

@@ -117,6 +117,21 @@ def test_a_silent_server_is_hedged_and_only_one_answer_counts() -> None:
     assert servers["a"].suspect
 
 
+def test_hedges_are_counted_and_ordinary_askings_are_not() -> None:
+    async def run(patience_s: float) -> int:
+        servers = {
+            name: FakeServer(half, _always(0.05), patience_s)
+            for name, half in (("a", HALVES[0]), ("b", HALVES[0]), ("c", HALVES[1]))
+        }
+        pool = FakePool(servers, LAYER, EXPERTS)
+        fanout = FanOut(pool, lambda: pool.slots, CONFIG)  # type: ignore[arg-type]
+        await fanout.run(_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
+        return fanout.hedges
+
+    assert asyncio.run(run(patience_s=0.01)) > 0
+    assert asyncio.run(run(patience_s=60.0)) == 0
+
+
 def test_without_a_server_the_error_names_expert_and_layer_before_the_deadline() -> None:
     servers = {"c": FakeServer(HALVES[1], _always(0.0))}
 

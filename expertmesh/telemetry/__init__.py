@@ -1,0 +1,1 @@
+"""Metrics: declared and read here, whatever shows them."""

@@ -1,0 +1,37 @@
+"""What a launch refuses before Ray starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from expert_service.kernels import BACKENDS, DEVICES, WEIGHTS
+from expertmesh.errors import ConfigError
+
+_LAST_PORT = 65535
+
+
+def checked_path(checkpoint: str | Path) -> Path:
+    """The folder, absolute; whether it is there is for the checkpoint to say."""
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ConfigError(f"checkpoint is {checkpoint!r}, expected the path of a folder")
+    return Path(checkpoint).expanduser().resolve()
+
+
+def check_choices(port: int, routers: int, backend: str, device: str, weights: str) -> None:
+    """Raises ConfigError for a port, backend, device or treatment of weights that cannot be."""
+    if not isinstance(port, int) or not 0 <= port <= _LAST_PORT - routers + 1:
+        raise ConfigError(f"port is {port!r}, expected 0 to {_LAST_PORT}")
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if device not in DEVICES:
+        raise ConfigError(f"device is {device!r}, expected {', '.join(DEVICES)}")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
+
+
+def check_counts(**counts: int) -> None:
+    """Raises ConfigError for a number of things that is not a positive integer."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")

@@ -1,0 +1,118 @@
+"""What the load controller says in numbers; docs/operations.md lists them for people.
+
+Per-layer scalars at most: the layer × expert matrix is what the RPC GetClusterLoad is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+from expertmesh.config import BalanceMode
+from expertmesh.model import SERVER_STATES
+from expertmesh.telemetry.metric import Metric, Reading, one_of
+from load_controller.controller import LoadController
+
+ALIVE_WITHIN_S = 5.0  # the loop turns ten times a second: fifty turns in a row are missing
+
+WINDOWS = Metric(
+    "expertmesh_controller_windows_closed_total", "counter", "Windows closed, over all layers"
+)
+WINDOW_MAXVIO = Metric(
+    "expertmesh_controller_window_maxvio",
+    "gauge",
+    "MaxVio of the layer's last closed window: router-gated assignments only",
+    ("layer",),
+)
+MAXVIO = Metric(
+    "expertmesh_controller_maxvio",
+    "gauge",
+    "MaxVio of all the layer's assignments ever counted",
+    ("layer",),
+)
+ASSIGNED = Metric(
+    "expertmesh_controller_assignments_total",
+    "counter",
+    "Pairs of row and expert in answers, whoever gated them",
+    ("layer",),
+)
+EXECUTED = Metric(
+    "expertmesh_controller_executions_total",
+    "counter",
+    "Pairs of row and expert that servers computed, shared ones, retries and hedges included",
+    ("layer",),
+)
+BIAS_VERSION = Metric(
+    "expertmesh_controller_bias_version", "gauge", "Version of the biases last published"
+)
+DELTA_MAX = Metric(
+    "expertmesh_controller_bias_delta_max",
+    "gauge",
+    "Largest distance of a serving bias from its trained one, over all layers",
+)
+MODE = Metric(
+    "expertmesh_controller_balance_mode", "gauge", "1 for the mode that is in force", ("mode",)
+)
+EPOCH = Metric("expertmesh_controller_epoch", "gauge", "Version of the placement last published")
+AGE = Metric(
+    "expertmesh_controller_balancing_age_seconds",
+    "gauge",
+    "Since the balancing loop last turned; it turns ten times a second",
+)
+ALIVE = Metric(
+    "expertmesh_controller_balancing_alive",
+    "gauge",
+    "1 while the balancing loop turns, whether or not there is anything to balance",
+)
+PUSHES = Metric(
+    "expertmesh_controller_pushes_total", "counter", "Messages sent to routers that watch"
+)
+REPORTS = Metric(
+    "expertmesh_controller_reports_total", "counter", "Reports of counts with news", ("kind",)
+)
+DROPPED = Metric(
+    "expertmesh_controller_reports_dropped_total",
+    "counter",
+    "Reports that came again or too late, and changed nothing",
+    ("kind",),
+)
+ROUTERS = Metric("expertmesh_controller_routers", "gauge", "Routers that watch now")
+SERVERS = Metric(
+    "expertmesh_controller_servers",
+    "gauge",
+    "Expert servers that were ever announced, by state",
+    ("state",),
+)
+
+
+def read(controller: LoadController, pushes: int, age_s: float) -> Iterator[Reading]:
+    """Every number, now; `age_s` is since the balancing loop last turned."""
+    balancer = controller.balancer
+    yield AGE.of(age_s)
+    yield ALIVE.of(age_s < ALIVE_WITHIN_S)
+    yield from one_of(MODE, get_args(BalanceMode), balancer.mode)
+    yield BIAS_VERSION.of(controller.bias_version)
+    deltas = (float(state.delta.abs().max()) for state in balancer.layers.values())
+    yield DELTA_MAX.of(max(deltas, default=0.0))
+    yield EPOCH.of(controller.epoch)
+    yield PUSHES.of(pushes)
+    yield ROUTERS.of(controller.routers)
+    states = controller.server_states()
+    for state in SERVER_STATES:
+        yield SERVERS.of(states.count(state), state)
+    for kind, count in controller.accounts.reports_taken.items():
+        yield REPORTS.of(count, kind)
+    for kind, count in controller.accounts.reports_dropped.items():
+        yield DROPPED.of(count, kind)
+    yield WINDOWS.of(balancer.closed_windows)
+    yield from _layers(controller)
+
+
+def _layers(controller: LoadController) -> Iterator[Reading]:
+    for layer, state in sorted(controller.balancer.layers.items()):
+        yield WINDOW_MAXVIO.of(state.violation, str(layer))
+    for load in controller.accounts.layer_loads():
+        yield MAXVIO.of(load.max_violation, str(load.layer))
+        yield ASSIGNED.of(sum(load.counts) + sum(load.caller_gated_counts), str(load.layer))
+    for entry in controller.accounts.layer_executions():
+        yield EXECUTED.of(sum(entry.counts), str(entry.layer))
