@@ -45,6 +45,8 @@ PURE = (
     "expertmesh/gating.py",
     "expertmesh/model.py",
     "expertmesh/placement.py",
+    "load_controller/autoscale.py",
+    "load_controller/autoscale_state.py",
     "load_controller/balancer.py",
     "load_controller/forecast.py",
     "load_controller/ledger.py",
@@ -56,6 +58,14 @@ PURE = (
     "load_controller/planner_spread.py",
     "load_controller/planner_stay.py",
     "load_controller/policy.py",
+    "load_controller/simulator/fleet.py",
+    "load_controller/simulator/generators.py",
+    "load_controller/simulator/measure.py",
+    "load_controller/simulator/queues.py",
+    "load_controller/simulator/report.py",
+    "load_controller/simulator/simulate.py",
+    "load_controller/simulator/static.py",
+    "load_controller/simulator/trace.py",
     "router_service/routing.py",
 )
 IMPURE = ("asyncio", "datetime", "grpc", "os", "ray", "socket", "threading", "time")
