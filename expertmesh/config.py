@@ -112,7 +112,8 @@ class AutoscaleConfig:
     look_back_period_s: float = 10.0  # what decides is the mean over this long
     upscale_delay_s: float = 0.0  # more must be wanted for this long: a late server is a queue,
     # one too many costs `downscale_delay_s` of it
-    downscale_delay_s: float = 300.0  # fewer must be wanted for this long: bursts last minutes
+    downscale_delay_s: float = 120.0  # fewer must be wanted for this long: to load a server again
+    # costs most of a minute
     upscaling_factor: float = 1.0  # part of the way to the wanted number that one step goes
     downscaling_factor: float = 1.0  # the same downwards
     max_step_up: int | None = None  # servers that one step may add; None: any number

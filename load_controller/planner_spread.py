@@ -57,7 +57,8 @@ def _pour(total: Ints, other: Floats, rate: Floats, real: Bools) -> Floats:
     time = np.where(real, other / rate, np.inf)
     row = np.arange(len(time))[:, None]
     order = time.argsort(axis=1, kind="stable")
-    time, other, rate, real = (x[row, order] for x in (time, other, rate, real))
+    time, other, rate = time[row, order], other[row, order], rate[row, order]
+    real = real[row, order]
     level = (total[:, None] + np.where(real, other, 0.0).cumsum(1)) / rate.cumsum(1)
     wet = (real & (level > time)).sum(1)  # vessels that the level reaches: a prefix
     top = level[row, np.maximum(wet - 1, 0)[:, None]]

@@ -1,7 +1,7 @@
 """Traces by name: NAME or NAME:KEY=VALUE,KEY=VALUE. Pure, and the same for the same seed.
 
 `steady`     the same load throughout
-`day`        24 hours: a curve with `mean_share` of its peak as mean, and bursts on top of it
+`day`        a day: a curve with `mean_share` of its peak as mean, and bursts on top of it
 `deepseek`   a day of which only the published mean and peak are real (see `_deepseek`)
 
 Popularity is Zipf's, E(rank) ~ 1 / rank ** exponent, over experts shuffled in every layer. With
@@ -18,8 +18,6 @@ import numpy as np
 from expertmesh.errors import ConfigError
 from load_controller.simulator.trace import Floats, Trace
 
-_DAY_S = 86_400.0
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
@@ -30,6 +28,7 @@ class Parameters:
     step_s: float = 10.0
     peak: float = 1e6  # tokens a second at the curve's peak, bursts left out
     mean_share: float = 0.5  # mean of the curve over its peak
+    low_share: float = 0.2  # least of the curve over its peak
     bursts: int = 24  # of the day, each in a random place of its own equal part of it
     burst_s: float = 300.0
     burst_factor: float = 2.0  # over the curve
@@ -48,14 +47,16 @@ def make_trace(text: str) -> Trace:
     if name not in GENERATORS:
         known = ", ".join(GENERATORS)
         raise ConfigError(f"there is no trace {name!r}: name a file or one of {known}")
-    return GENERATORS[name](text, _parse(rest, DEFAULTS.get(name, Parameters())))
+    return GENERATORS[name](text, parameters_of(rest, DEFAULTS.get(name)))
 
 
-def _parse(text: str, default: Parameters) -> Parameters:
+def parameters_of(text: str, default: Parameters | None = None) -> Parameters:
+    """Parameters from "KEY=VALUE,KEY=VALUE". Raises ConfigError."""
+    default = default or Parameters()
     kinds = {field.name: type(getattr(default, field.name)) for field in fields(Parameters)}
     given: dict[str, object] = {}
     for pair in filter(None, text.split(",")):
-        key, _, value = pair.partition("=")
+        key, _, value = (part.strip() for part in pair.partition("="))
         if key not in kinds:
             known = ", ".join(kinds)
             raise ConfigError(f"a trace has no parameter {key!r}: expected one of {known}")
@@ -70,7 +71,7 @@ def _value(key: str, text: str, kind: type) -> object:
         number = float({"true": "1", "false": "0"}.get(text, text))
     except ValueError:
         raise ConfigError(f"{key} is {text!r}, expected a number") from None
-    if kind is not float and number != int(number):
+    if kind is not float and not number.is_integer():
         raise ConfigError(f"{key} is {text!r}, expected a whole number")
     return kind(number)
 
@@ -82,6 +83,7 @@ def _check(p: Parameters) -> None:
         "hours": 1 <= steps <= 1e6,
         "peak": p.peak > 0,
         "mean_share": 0 < p.mean_share <= 1,
+        "low_share": 0 <= p.low_share <= p.mean_share,
         "bursts": p.bursts >= 0,
         "burst_s": p.burst_s > 0,
         "burst_factor": p.burst_factor >= 1,
@@ -96,30 +98,28 @@ def _check(p: Parameters) -> None:
 
 
 def _steady(name: str, p: Parameters) -> Trace:
-    rng = np.random.default_rng(p.seed)
-    popularity, keyframes_s = _popularity(p, rng)
-    return _trace(name, p, np.full(_steps(p), p.peak), popularity, keyframes_s, rng)
+    return _trace(name, p, np.full(_steps(p), p.peak), _curve_rng(p))
 
 
 def _day(name: str, p: Parameters) -> Trace:
-    """A cosine, bent so that its mean is `mean_share` of its peak, and bursts.
+    """A day, squeezed into `hours`: a cosine, bent to have the wanted mean, and bursts.
 
-    The share of the peak at the phase x of the day is ((1 - cos 2 pi x) / 2) ** bend; the bend is
-    found by bisection.
+    At the part x of the day the curve is at low + (1 - low) ((1 - cos 2 pi x) / 2) ** bend of its
+    peak; the bend is found by bisection.
     """
-    rng = np.random.default_rng(p.seed)
-    popularity, keyframes_s = _popularity(p, rng)
-    wave = (1 - np.cos(2 * np.pi * (np.arange(_steps(p)) + 0.5) * p.step_s / _DAY_S)) / 2
-    curve = p.peak * wave ** _bend(wave, p.mean_share)
-    return _trace(name, p, _with_bursts(curve, p, rng), popularity, keyframes_s, rng)
+    rng = _curve_rng(p)
+    wave = (1 - np.cos(2 * np.pi * (np.arange(_steps(p)) + 0.5) / _steps(p))) / 2
+    above = (p.mean_share - p.low_share) / max(1 - p.low_share, 1e-9)
+    curve = p.peak * (p.low_share + (1 - p.low_share) * wave ** _bend(wave, above))
+    return _trace(name, p, _with_bursts(curve, p, rng), rng)
 
 
 def _deepseek(name: str, p: Parameters) -> Trace:
     """DeepSeek's published day: 226.75 nodes on average, 278 at the peak (open-infra-index, day 6).
 
-    Only these two numbers are published. The curve between them is ours: `_day`'s with a mean of
-    226.75 / 278 of the peak, and no bursts. The nodes were *theirs to hold*, so taking them for the
-    load is an assumption, too.
+    Only these two numbers are published. The curve is ours: the plain cosine of that mean and peak,
+    without bursts. They are of the nodes that DeepSeek held, so to take them for the load is an
+    assumption, too.
     """
     return _day(name, p)
 
@@ -138,7 +138,7 @@ def _with_bursts(curve: Floats, p: Parameters, rng: np.random.Generator) -> Floa
     quiet = curve.copy()
     length = max(1, round(p.burst_s / p.step_s))
     for part in np.array_split(np.arange(len(curve)), max(p.bursts, 1))[: p.bursts]:
-        starts = part[: max(1, len(part) - length)]
+        starts = part[: max(1, len(part) - length)].tolist()
         if p.within_peak:
             starts = [s for s in starts if quiet[s : s + length].max() * p.burst_factor <= p.peak]
         if len(starts):
@@ -147,21 +147,24 @@ def _with_bursts(curve: Floats, p: Parameters, rng: np.random.Generator) -> Floa
     return curve
 
 
-def _popularity(p: Parameters, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """[P, L, E] and [P]: one keyframe, or one each `drift_s`."""
+def popularity_of(p: Parameters) -> tuple[Floats, Floats]:
+    """[P, L, E] shares and [P] their times: one keyframe, or one each `drift_s`."""
+    rng = np.random.default_rng(p.seed)
     frames = 1 if p.drift_s == 0 else 2 + int(p.hours * 3600 / p.drift_s)
     zipf = 1.0 / np.arange(1, p.experts + 1) ** p.exponent
     zipf /= zipf.sum()
     shuffled = [[rng.permutation(zipf) for _ in range(p.layers)] for _ in range(frames)]
-    return np.array(shuffled), np.arange(frames) * max(p.drift_s, 1.0)
+    return np.array(shuffled), np.arange(frames, dtype=np.float64) * max(p.drift_s, 1.0)
 
 
-def _trace(
-    name: str, p: Parameters, tokens: Floats, popularity: Floats, keyframes_s: Floats,
-    rng: np.random.Generator,
-) -> Trace:  # fmt: skip
+def _trace(name: str, p: Parameters, tokens: Floats, rng: np.random.Generator) -> Trace:
     tokens = tokens * np.maximum(0.0, 1 + p.noise * rng.standard_normal(len(tokens)))
-    return Trace(name, p.step_s, tokens, p.top_k, popularity, keyframes_s)
+    return Trace(name, p.step_s, tokens, p.top_k, *popularity_of(p))
+
+
+def _curve_rng(p: Parameters) -> np.random.Generator:
+    """Apart from the popularity's, so that either can change without the other."""
+    return np.random.default_rng([p.seed, 1])
 
 
 def _steps(p: Parameters) -> int:
@@ -175,5 +178,5 @@ GENERATORS: dict[str, Callable[[str, Parameters], Trace]] = {
 }
 DEFAULTS = {
     "steady": Parameters(hours=1.0),
-    "deepseek": Parameters(mean_share=226.75 / 278, bursts=0),
+    "deepseek": Parameters(mean_share=226.75 / 278, low_share=2 * 226.75 / 278 - 1, bursts=0),
 }

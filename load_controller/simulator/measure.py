@@ -80,7 +80,8 @@ class Meter:
         step_h = trace.step_s / 3600
         tokens, slots = columns["tokens"], columns["slots"]
         planned = slice(self._planned_from or 0, None)
-        frames = [trace.popularity_at(step * trace.step_s) for step in range(len(tokens))]
+        at_s = np.arange(len(tokens), dtype=np.float64) * trace.step_s
+        frames = [trace.popularity_at(float(at)) for at in at_s]
         uneven = np.array([(f.max(1) * trace.experts - 1).mean() for f in frames])
         return Report(
             trace=trace.name,
@@ -101,7 +102,7 @@ class Meter:
             delay_p50_s=self._delays.quantile(0.5),
             delay_p99_s=self._delays.quantile(0.99),
             overloaded=self._overloaded / max(float(tokens.sum()), 1e-300),
-            timeline=Timeline(np.arange(len(tokens)) * trace.step_s, *columns.values()),
+            timeline=Timeline(at_s, *columns.values()),
         )  # fmt: skip
 
 

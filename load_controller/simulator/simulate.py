@@ -2,7 +2,7 @@
 
 What is the same code: `planner.plan_placement`, `forecast.observe`, `autoscale.decide`. What stands
 in for the rest: queues (`queues`), servers that take time to start, load and drain (`fleet`), and
-routers that divide an expert's rows over its copies as the plan says.
+routers that divide an expert's rows over its copies, evenly or as the plan says.
 
 The planner sees counts drawn from the trace's popularity (Poisson), not the popularity itself; the
 autoscaler sees what servers measured since its last decision. A plan is in force once the server
@@ -42,6 +42,7 @@ class Control:
     half_life_s: float = 120.0  # of the forecast
     move_cost: float = 0.1
     least_gain: float = 0.01
+    weighted: bool = False  # routers follow the plan's weights; else they divide evenly over copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,7 @@ class _Run:
             self._layout.placement,
             move_cost=self._control.move_cost,
             least_gain=self._control.least_gain,
+            weighted=self._control.weighted,
         )
         layout = _Layout(members, plan.placement, plan.weights)
         loaded = self._loading_s(plan, members)

@@ -12,26 +12,34 @@ from load_controller.simulator.trace import Trace
 
 
 def smallest_static(
-    trace: Trace, spec: FleetSpec, control: Control, delay_p99_s: float, most: int, seed: int = 0
-) -> Report:
+    trace: Trace, spec: FleetSpec, control: Control, delay_p99_s: float, most: int, seed: int = 0,
+    known: dict[int, Report] | None = None,
+) -> Report:  # fmt: skip
     """The report of the smallest fixed number of servers whose p99 is at most `delay_p99_s`.
 
     Found by bisection in the same simulator, between what holds every expert and `most`: more
-    servers do not wait longer, but for differences between placements. Raises ConfigError where
-    even `most` wait longer.
+    servers do not wait longer, but for differences between placements. `known` keeps the reports
+    by number of servers, for another search with the same trace, servers and control. Raises
+    ConfigError where even `most` wait longer.
     """
-    fixed = replace(control, autoscale=None)
-    low = -(-trace.experts // spec.slots) - 1  # not enough
-    high, best = most, simulate(trace, spec, replace(fixed, servers=most), seed)
-    if best.delay_p99_s > delay_p99_s:
+    known = {} if known is None else known
+
+    def report_of(servers: int) -> Report:
+        if servers not in known:
+            fixed = replace(control, autoscale=None, servers=servers)
+            known[servers] = simulate(trace, spec, fixed, seed)
+        return known[servers]
+
+    low, high = -(-trace.experts // spec.slots) - 1, most  # not enough, enough
+    if report_of(most).delay_p99_s > delay_p99_s:
         raise ConfigError(
-            f"{most} servers still wait {best.delay_p99_s:.3g} s (p99), {delay_p99_s:.3g} s wanted"
+            f"{most} servers still wait {report_of(most).delay_p99_s:.3g} s (p99), "
+            f"{delay_p99_s:.3g} s wanted"
         )
     while high - low > 1:
         middle = (low + high) // 2
-        report = simulate(trace, spec, replace(fixed, servers=middle), seed)
-        if report.delay_p99_s <= delay_p99_s:
-            high, best = middle, report
+        if report_of(middle).delay_p99_s <= delay_p99_s:
+            high = middle
         else:
             low = middle
-    return best
+    return report_of(high)

@@ -51,12 +51,12 @@ class Trace:
     @property
     def layers(self) -> int:
         """L."""
-        return self.popularity.shape[1]
+        return int(self.popularity.shape[1])
 
     @property
     def experts(self) -> int:
         """E."""
-        return self.popularity.shape[2]
+        return int(self.popularity.shape[2])
 
     @property
     def duration_s(self) -> float:

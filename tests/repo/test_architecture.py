@@ -66,6 +66,7 @@ PURE = (
     "load_controller/simulator/simulate.py",
     "load_controller/simulator/static.py",
     "load_controller/simulator/trace.py",
+    "load_controller/simulator/trace_file.py",
     "router_service/routing.py",
 )
 IMPURE = ("asyncio", "datetime", "grpc", "os", "ray", "socket", "threading", "time")
