@@ -47,11 +47,14 @@ class Meter:
 
     def plan(self, plan: Plan) -> None:
         """A plan was made."""
-        if self._planned_from is None:
-            self._planned_from = self._now + 1
         if plan.moves:
             self.plans += 1
             self.loads += sum(move.action == "load" for move in plan.moves)
+
+    def install(self) -> None:
+        """A plan is in force from the next step on."""
+        if self._planned_from is None:
+            self._planned_from = self._now + 1
 
     def sample(self, service: Service, running: int) -> Sample:
         """What servers measured since the last sample; the mean over their steps."""
@@ -79,7 +82,7 @@ class Meter:
         columns, hours = self._steps, trace.duration_s / 3600
         step_h = trace.step_s / 3600
         tokens, slots = columns["tokens"], columns["slots"]
-        planned = slice(self._planned_from or 0, None)
+        planned = slice(len(tokens) if self._planned_from is None else self._planned_from, None)
         at_s = np.arange(len(tokens), dtype=np.float64) * trace.step_s
         frames = [trace.popularity_at(float(at)) for at in at_s]
         uneven = np.array([(f.max(1) * trace.experts - 1).mean() for f in frames])

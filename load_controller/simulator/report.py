@@ -35,7 +35,7 @@ class Report:
     redundant_hours: float  # the part of it beyond one slot an expert
     maxvio_experts: float  # mean over layers, over time weighted by tokens
     maxvio_before: float  # of servers, at the first step
-    maxvio_after: float  # of servers, mean over the steps after the first plan by tokens
+    maxvio_after: float  # of servers, by tokens, once the first plan is in force; else 0
     maxvio_last: float  # of servers, of the layer that is least even, at the last step
     plans: int  # that changed a placement
     loads: int  # slots loaded, of all planned layers

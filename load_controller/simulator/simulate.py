@@ -211,6 +211,7 @@ class _Run:
             self._leaving.discard(server)
         self._backlog_s = np.array([waits.get(server, 0.0) for server in layout.servers])
         self._layout, self._pending, self._shares_for = layout, None, None
+        self.meter.install()
 
 
 def _contiguous(servers: tuple[int, ...], trace: Trace) -> _Layout:
