@@ -90,7 +90,7 @@ def theory(report: Report, case: str) -> None:
         simulated.append(delays.quantile(0.99))
         exact.append(np.log(utilization / 0.01) * service.service_s / (1 - utilization))
     for found, expected in zip(simulated, exact, strict=True):
-        report.gate(case, torch.tensor([found]), torch.tensor([expected]), 0.1)
+        report.gate(case, torch.tensor([found]).double(), torch.tensor([expected]).double(), 0.1)
 
 
 def measure(

@@ -18,6 +18,7 @@ from expertmesh.rpc.session import first_mesh_error
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc, router_pb2
 
 _TIMEOUT_S = 10.0
+_CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,7 @@ def survey(address: str, window_s: float = 0.0) -> Survey:
 
 
 async def _survey(address: str, window_s: float) -> Survey:
-    async with connect_async(address, timeout=_TIMEOUT_S) as mesh:
+    async with connect_async(address, timeout=_CONNECT_S) as mesh:
         before = await _counts(mesh)
         if window_s > 0:
             await asyncio.sleep(window_s)

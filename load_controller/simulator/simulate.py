@@ -98,7 +98,7 @@ class _Run:
         self._state: State | None = None
         self._counts = np.zeros((trace.layers, trace.experts))
         self._planned_at_s = -np.inf
-        self._shares_for: tuple[int, float] | None = None
+        self._divided_at_s = -1.0  # when `_loads` were right
         self._loads = np.zeros((0, 0))
         self._decide_steps = max(1, round(control.decide_every_s / trace.step_s))
         self.meter = Meter(len(trace.tokens_per_s))
@@ -110,7 +110,8 @@ class _Run:
         if self._pending is not None and self._pending.at_s <= now_s:
             self._install(self._pending.layout, now_s)
         tokens = float(trace.tokens_per_s[step])
-        loads = self._divide(trace.popularity_at(now_s), now_s)
+        popularity = trace.popularity_at(now_s)
+        loads = self._divide(popularity, now_s)
         share = loads.mean(0)
         utilization = tokens * share / self._spec.tokens_per_s
         before = self._backlog_s
@@ -122,17 +123,15 @@ class _Run:
         below = within(waiting, trace.step_s, self._spec.service, fanout)
         self.meter.take(step, tokens, loads, waiting, below, self._fleet.paid,
                         float(self._layout.placement.holds.sum((1, 2)).mean()))  # fmt: skip
-        expected = tokens * trace.step_s * trace.top_k * trace.popularity_at(now_s)
-        self._counts += self._rng.poisson(expected)
+        self._counts += self._rng.poisson(tokens * trace.step_s * trace.top_k * popularity)
         if (step + 1) % self._decide_steps == 0:
             self._control_at(now_s + trace.step_s)
 
     def _divide(self, popularity: Floats, now_s: float) -> Floats:
         """[L, S]: the part of each layer's pairs that each server gets."""
-        drifts = now_s if now_s <= self._trace.keyframes_s[-1] else np.inf
-        key = (id(self._layout), 0.0 if len(self._trace.keyframes_s) == 1 else drifts)
-        if key != self._shares_for:
-            self._shares_for = key
+        at_s = min(now_s, float(self._trace.keyframes_s[-1]))  # after that nothing drifts
+        if at_s != self._divided_at_s:
+            self._divided_at_s = at_s
             self._loads = np.matmul(self._layout.weights, popularity[:, :, None])[:, :, 0]
         return self._loads
 
@@ -210,7 +209,7 @@ class _Run:
             self._fleet.drain(server, now_s, waits[server])
             self._leaving.discard(server)
         self._backlog_s = np.array([waits.get(server, 0.0) for server in layout.servers])
-        self._layout, self._pending, self._shares_for = layout, None, None
+        self._layout, self._pending, self._divided_at_s = layout, None, -1.0
         self.meter.install()
 
 

@@ -211,10 +211,10 @@ def test_a_delay_that_no_number_reaches_is_refused() -> None:
 
 def test_a_short_day_takes_37_5_percent_fewer_server_hours_than_a_fixed_number() -> None:
     """The shortened form of benchmarks/bench_autoscale.py (EaaS claims 37.5 %)."""
-    trace = make_trace("day:hours=6,bursts=6,experts=64,layers=1,peak=3e5,step_s=10")
+    trace = make_trace("day:hours=8,bursts=8,experts=64,layers=1,peak=5e5,step_s=20")
     spec = FleetSpec()
-    scale = AutoscaleConfig(max_replicas=100, max_redundant=32)
-    control = Control(servers=8, redundant=32, plan_every_s=3600)
+    scale = AutoscaleConfig(max_replicas=120, max_redundant=32)
+    control = Control(servers=8, redundant=32, plan_every_s=7200)
 
     scaled = simulate(trace, spec, replace(control, autoscale=scale))
     fixed = smallest_static(trace, spec, control, scaled.delay_p99_s, 60)
