@@ -148,3 +148,65 @@ class ExpertConfig:
     # arithmetic and no longer the reading of weights takes the time
     block_rows: int = 1024  # a larger request lets others go first after each so many rows
     announce_every_s: float = 1.0  # heartbeat to the controller, whatever the load takes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoscaleConfig:
+    """How the number of expert servers, and of redundant slots, follows the load.
+
+    The names are Ray Serve's where it has one; a *replica* here is one expert server. Bounds hold
+    at once, everything else after its delay. Whatever `min_replicas` says, there are never fewer
+    servers than hold every expert once.
+    """
+
+    min_replicas: int = 1  # servers, however quiet it is
+    max_replicas: int = 64  # servers, however busy it is: bounds the bill
+    initial_replicas: int | None = None  # servers of a new cluster; None: min_replicas
+    target_ongoing_requests: float = 2.0  # waiting or computing at one server, mean (Ray Serve's 2)
+    target_utilization: float = 0.45  # work offered / capacity, mean: twice the load still fits
+    # while new servers start
+    target_queue_delay_s: float = 0.1  # p99 of the wait for a device; above, servers are added
+    look_back_period_s: float = 10.0  # what decides is the mean over this long
+    upscale_delay_s: float = 0.0  # more must be wanted for this long: a late server is a queue,
+    # one too many costs `downscale_delay_s` of it
+    downscale_delay_s: float = 120.0  # fewer must be wanted for this long: to load a server again
+    # costs most of a minute
+    upscaling_factor: float = 1.0  # part of the way to the wanted number that one step goes
+    downscaling_factor: float = 1.0  # the same downwards
+    max_step_up: int | None = None  # servers that one step may add; None: any number
+    max_step_down: int | None = None  # servers that one step may drain; None: any number
+    tolerance: float = 0.1  # wanted within this share of what is there: nothing changes
+    min_redundant: int = 0  # slots of a layer beyond one an expert, however quiet it is
+    max_redundant: int | None = (
+        None  # the same, however busy it is; None: what servers have room for
+    )
+    quiet_utilization: float = 0.1  # mean, below which copies bring nothing: `min_redundant` stay
+
+    def __post_init__(self) -> None:
+        counts = {
+            "min_replicas": (self.min_replicas, 1),
+            "max_replicas": (self.max_replicas, self.min_replicas),
+            "initial_replicas": (self.initial_replicas, self.min_replicas),
+            "max_step_up": (self.max_step_up, 1),
+            "max_step_down": (self.max_step_down, 1),
+            "min_redundant": (self.min_redundant, 0),
+            "max_redundant": (self.max_redundant, self.min_redundant),
+        }
+        for name, (count, least) in counts.items():
+            _require(count is None or count >= least, f"autoscale.{name}", count, f">= {least}")
+        _require(self.initial_replicas is None or self.initial_replicas <= self.max_replicas,
+                 "autoscale.initial_replicas", self.initial_replicas,
+                 f"<= max_replicas = {self.max_replicas}")  # fmt: skip
+        for name in ("target_ongoing_requests", "target_queue_delay_s", "look_back_period_s"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"autoscale.{name}", value, "a number > 0")
+        for name in ("upscale_delay_s", "downscale_delay_s"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"autoscale.{name}", value, "a number >= 0")
+        for name in ("target_utilization", "upscaling_factor", "downscaling_factor"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"autoscale.{name}", value, "within (0, 1]")
+        _require(0 <= self.tolerance < 1, "autoscale.tolerance", self.tolerance, "within [0, 1)")
+        _require(0 <= self.quiet_utilization < self.target_utilization,
+                 "autoscale.quiet_utilization", self.quiet_utilization,
+                 f"within [0, target_utilization = {self.target_utilization})")  # fmt: skip

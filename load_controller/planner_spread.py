@@ -55,12 +55,14 @@ def _holders(holds: Bools, expert: Ints) -> tuple[Ints, Bools]:
 def _pour(total: Ints, other: Floats, rate: Floats, real: Bools) -> Floats:
     """[L, M]: `total` divided over the real columns, to one level above `other`."""
     time = np.where(real, other / rate, np.inf)
-    order = np.argsort(time, axis=1, kind="stable")
-    time, other, rate, real = (np.take_along_axis(x, order, 1) for x in (time, other, rate, real))
+    row = np.arange(len(time))[:, None]
+    order = time.argsort(axis=1, kind="stable")
+    time, other, rate = time[row, order], other[row, order], rate[row, order]
+    real = real[row, order]
     level = (total[:, None] + np.where(real, other, 0.0).cumsum(1)) / rate.cumsum(1)
     wet = (real & (level > time)).sum(1)  # vessels that the level reaches: a prefix
-    top = np.take_along_axis(level, np.maximum(wet - 1, 0)[:, None], 1)
+    top = level[row, np.maximum(wet - 1, 0)[:, None]]
     reached = real & (np.arange(time.shape[1]) < wet[:, None])
     poured = np.empty_like(other)
-    np.put_along_axis(poured, order, np.where(reached, top * rate - other, 0.0), 1)
+    poured[row, order] = np.where(reached, top * rate - other, 0.0)
     return poured

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 
 from expertmesh.errors import MeshError
-from fleet.cli import collect_env, demo, down, serve, status
+from fleet.cli import collect_env, demo, down, plan, serve, status
 from fleet.cli.output import as_json, emit
 
 _DESCRIPTION = """Serve the experts of Mixture-of-Experts models as a cluster.
@@ -22,10 +22,11 @@ examples:
   expertmesh demo                              a whole cluster on this machine, shown at work
   expertmesh serve CHECKPOINT --shards 4       serve a Hugging Face checkpoint until Ctrl-C
   expertmesh status                            the last cluster started on this host
+  expertmesh plan                              what would change there, and why
   expertmesh down                              end it
 """
 
-_COMMANDS = (serve, status, demo, collect_env, down)
+_COMMANDS = (serve, status, plan, demo, collect_env, down)
 
 
 def build_parser() -> argparse.ArgumentParser:

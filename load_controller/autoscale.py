@@ -1,0 +1,236 @@
+"""How many servers, and how many redundant slots: one decision from what was measured. Pure.
+
+With u the mean utilisation (work offered / capacity; above 1 where a queue grows), n the servers
+that run, q the requests at one server and d the p99 of the queue delay, all means over the
+look-back,
+
+    by work   = n u / target_utilization
+    by queue  = n min(2, max(q / target_ongoing_requests, d / target_queue_delay_s))
+    wanted    = by work, or by queue where that is more than n, the servers that the work asks for
+                are all there, and the queue does not shrink
+
+The work asks for a number of servers; a queue only says "more", so it asks for at most twice as
+many, and only once the answer to the work is in place. A queue that shrinks, before servers that
+have room, is draining: more servers would come too late for it, but none goes while it is there.
+
+More than there are must be wanted for `upscale_delay_s`, fewer for `downscale_delay_s` without a
+break, and then as many go as the *largest* number wanted in that time allows. A wanted number
+within `tolerance` of what is there changes nothing.
+
+What is not known is not zero: without a measurement nothing changes but what the bounds demand,
+and the wait to drain begins anew. Servers that do not report are taken to be like those that do
+when servers are to be added, and stop any from going.
+
+Redundant slots take the room that the servers have, up to `max_redundant`; below
+`quiet_utilization` (which only happens where the floor keeps more servers than the work wants)
+they go, after the same delay.
+
+`State` is all that one decision hands to the next. It goes to JSON and back; lost, the next
+decision begins from what runs. Deciding again at the same instant changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import ceil
+
+from expertmesh.config import AutoscaleConfig
+from expertmesh.errors import ConfigError
+from load_controller.autoscale_state import Sample, Seen, State
+
+__all__ = ["Context", "Decision", "Sample", "State", "decide", "least_servers"]
+
+#: By how much a queue alone may multiply the servers in one step.
+QUEUE_BOOST = 2.0
+#: After a silence of so many look-backs, what was seen before it no longer counts.
+STALE_LOOK_BACKS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """What is there when a decision is made, and what was measured since the last one."""
+
+    now_s: float  # of any clock that runs while servers do; it may jump
+    running: int  # servers that answer, those that drain left out
+    starting: int  # servers asked for that do not answer yet
+    experts: int  # routed experts of the layer that has most
+    slots: int  # of one layer, that one server has room for
+    sample: Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What there should be."""
+
+    replicas: int  # servers
+    redundant: int  # slots of each layer beyond one an expert
+    reason: str  # in words, for people
+
+
+def least_servers(experts: int, slots: int, config: AutoscaleConfig) -> int:
+    """The fewest servers there may be. Raises ConfigError where `max_replicas` are too few."""
+    if slots < 1:
+        raise ConfigError(f"a server has room for {slots} experts of a layer, expected at least 1")
+    least = max(config.min_replicas, ceil((experts + config.min_redundant) / slots))
+    if least > config.max_replicas:
+        raise ConfigError(
+            f"{experts} experts and {config.min_redundant} redundant slots need {least} servers of "
+            f"{slots} slots, but max_replicas is {config.max_replicas}: raise it, or give servers "
+            "more slots"
+        )
+    return least
+
+
+def decide(
+    context: Context, config: AutoscaleConfig, state: State | None
+) -> tuple[Decision, State]:
+    """The servers and redundant slots to have, and the state for the next decision.
+
+    `state` is None for the first one. Raises ConfigError where the bounds hold no model.
+    """
+    least = least_servers(context.experts, context.slots, config)
+    if state is None:
+        state = _first(context, config)
+    elif context.now_s == state.at_s:
+        return _decision(state, context, config), state
+    elif not 0 < context.now_s - state.at_s <= STALE_LOOK_BACKS * config.look_back_period_s:
+        # The clock jumped, or nobody decided for long: no delay has been sat out.
+        state = replace(_wait(state), samples=(), quiet_since_s=None)
+    state = _see(state, context, config)
+    bounded = min(max(state.replicas, least), config.max_replicas)
+    if bounded != state.replicas:
+        reason = f"between {least} and {config.max_replicas} servers are allowed"
+        state = replace(_wait(state), replicas=bounded, reason=reason)
+    wanted, why = _wanted(state, context, config)
+    state = _step(state, wanted, why, least, config)
+    state = _calm(state, config)
+    return _decision(state, context, config), state
+
+
+def _first(context: Context, config: AutoscaleConfig) -> State:
+    """What runs is kept; a new cluster begins as configured."""
+    there = context.running + context.starting
+    initial = config.min_replicas if config.initial_replicas is None else config.initial_replicas
+    reason = "what is there" if there else "the initial number"
+    return State(replicas=there or initial, at_s=context.now_s, reason=reason)
+
+
+def _see(state: State, context: Context, config: AutoscaleConfig) -> State:
+    """The state with one more sample, and without those that have left the look-back."""
+    now = context.now_s
+    seen = Seen(now, context.running, context.sample)
+    kept = (old for old in state.samples if now - old.at_s < config.look_back_period_s)
+    return replace(state, at_s=now, samples=(*kept, seen))
+
+
+def _wanted(state: State, context: Context, config: AutoscaleConfig) -> tuple[float | None, str]:
+    """How many servers the look-back asks for, not rounded; None where that is not known."""
+    running, work = context.running, state.mean(lambda seen: seen.work)
+    wanted, why = None, "no server has reported its load"
+    if work is not None:
+        wanted = work / config.target_utilization
+        why = (
+            f"{work:.2f} servers' worth of work at {running}, {config.target_utilization} of each "
+            "wanted"
+        )
+    ratio, what = _queue(state, config)
+    if ratio > 1 and (wanted is None or wanted <= running):
+        if not _drains(state):
+            wanted, why = running * min(ratio, QUEUE_BOOST), what
+        elif wanted is not None and wanted < state.replicas:
+            wanted, why = float(state.replicas), f"{what}, and it drains"
+    silent = any(seen.sample.reporting < seen.running for seen in state.samples)
+    if wanted is not None and wanted < state.replicas and silent:
+        wanted, why = None, "some servers have not reported their load"
+    return wanted, why
+
+
+def _queue(state: State, config: AutoscaleConfig) -> tuple[float, str]:
+    """How many times too long the queues are (at least 1), and in words."""
+    found = [(1.0, "no queue is too long")]
+    ongoing = state.mean(lambda seen: seen.sample.ongoing)
+    if ongoing is not None:
+        target = config.target_ongoing_requests
+        found.append((ongoing / target, f"{ongoing:.1f} requests at a server, {target} wanted"))
+    delay_s = state.mean(lambda seen: seen.sample.queue_delay_s)
+    if delay_s is not None:
+        target = config.target_queue_delay_s
+        found.append((delay_s / target, f"requests wait {delay_s:.2g} s, {target} wanted"))
+    return max(found)
+
+
+def _drains(state: State) -> bool:
+    """Whether the queues shrink over the look-back, before servers that have room."""
+    busiest = state.mean(lambda seen: seen.sample.busiest)
+    ongoing = [s.sample.ongoing for s in state.samples if s.sample.ongoing is not None]
+    delays = [s.sample.queue_delay_s for s in state.samples if s.sample.queue_delay_s is not None]
+    shrink = [trend[-1] < trend[0] for trend in (ongoing, delays) if trend]
+    return bool(shrink) and all(shrink) and (busiest is None or busiest < 1)
+
+
+def _step(
+    state: State, wanted: float | None, why: str, least: int, config: AutoscaleConfig
+) -> State:
+    """The state after the delays and step bounds have had their say."""
+    here, now = state.replicas, state.at_s
+    if wanted is None:
+        return _wait(replace(state, reason=why))
+    target = min(max(ceil(wanted - 1e-9), least), config.max_replicas)
+    change = abs(wanted / here - 1.0)
+    if target == here or change <= config.tolerance:
+        return _wait(replace(state, reason=why))
+    if target > here:
+        since = now if state.above_since_s is None else state.above_since_s
+        state = replace(_wait(state), above_since_s=since, reason=why)
+        if now - since < config.upscale_delay_s:
+            return state
+        step = ceil((target - here) * config.upscaling_factor)
+        step = min(step, config.max_step_up or step)
+        return replace(state, replicas=here + step, above_since_s=now)
+    since = now if state.below_since_s is None else state.below_since_s
+    falling = _falling(state, target, config)
+    state = replace(state, above_since_s=None, below_since_s=since, falling=falling, reason=why)
+    if now - since < config.downscale_delay_s:
+        return state
+    surplus = here - falling[0][1]  # the largest number wanted within the delay
+    step = ceil(surplus * config.downscaling_factor)
+    step = min(step, config.max_step_down or step)
+    if step < surplus:  # the rest goes after another delay
+        state = replace(state, below_since_s=now, falling=falling[-1:])
+    return replace(state, replicas=here - step)
+
+
+def _falling(state: State, target: int, config: AutoscaleConfig) -> tuple[tuple[float, int], ...]:
+    """When which numbers were wanted within the delay to drain: those above all later ones."""
+    since = state.at_s - config.downscale_delay_s
+    kept = [(at_s, wanted) for at_s, wanted in state.falling if at_s > since and wanted > target]
+    return (*kept, (state.at_s, target))
+
+
+def _wait(state: State) -> State:
+    """The state in which neither more nor fewer servers are wanted."""
+    return replace(state, above_since_s=None, below_since_s=None, falling=())
+
+
+def _calm(state: State, config: AutoscaleConfig) -> State:
+    """Enters and leaves the quiet in which copies are not needed."""
+    utilization = state.mean(lambda seen: seen.sample.utilization)
+    now = state.at_s
+    if utilization is None:
+        return replace(state, quiet_since_s=None)
+    if (utilization < config.quiet_utilization) == state.quiet:
+        return replace(state, quiet_since_s=None)
+    since = now if state.quiet_since_s is None else state.quiet_since_s
+    delay_s = config.upscale_delay_s if state.quiet else config.downscale_delay_s
+    if now - since < delay_s:
+        return replace(state, quiet_since_s=since)
+    return replace(state, quiet=not state.quiet, quiet_since_s=None)
+
+
+def _decision(state: State, context: Context, config: AutoscaleConfig) -> Decision:
+    room = state.replicas * context.slots - context.experts
+    most = room if config.max_redundant is None else min(room, config.max_redundant)
+    # More copies of an expert than servers cannot be placed.
+    most = min(most, (state.replicas - 1) * context.experts)
+    redundant = min(config.min_redundant, most) if state.quiet else most
+    return Decision(state.replicas, redundant, state.reason)
