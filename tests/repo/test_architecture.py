@@ -45,7 +45,9 @@ PURE = (
     "expertmesh/gating.py",
     "expertmesh/model.py",
     "expertmesh/placement.py",
+    "fleet/top.py",
     "load_controller/balancer.py",
+    "load_controller/divergence.py",
     "load_controller/forecast.py",
     "load_controller/ledger.py",
     "load_controller/planner.py",
@@ -56,6 +58,7 @@ PURE = (
     "load_controller/planner_spread.py",
     "load_controller/planner_stay.py",
     "load_controller/policy.py",
+    "router_service/meter.py",
     "router_service/routing.py",
 )
 IMPURE = ("asyncio", "datetime", "grpc", "os", "ray", "socket", "threading", "time")
