@@ -183,6 +183,22 @@ class AsyncMesh:
         )
         return answer
 
+    async def statuses(self, timeout: float = _CONTROL_TIMEOUT_S) -> list[pb.GetStatusResponse]:
+        """Every router's view, of those that answer. Raises UnavailableError when none does."""
+        deadline = deadline_after(timeout)
+        self._pick(frozenset())  # refuses a closed connection
+        answers: list[pb.GetStatusResponse] = []
+        failure: MeshError | None = None
+        for link in self._links.values():
+            try:
+                method = link.stub.GetStatus
+                answers.append(await link.control(method, pb.GetStatusRequest(), deadline))
+            except (UnavailableError, DeadlineError) as error:
+                failure = error
+        if not answers:
+            raise failure or UnavailableError("no router can be reached")
+        return answers
+
     async def close(self) -> None:
         """Closes every connection; requests in flight fail with UnavailableError."""
         self._closed = True
@@ -237,6 +253,10 @@ class Mesh:
     def status(self, timeout: float = _CONTROL_TIMEOUT_S) -> pb.GetStatusResponse:
         """See AsyncMesh.status."""
         return loop.run(self._mesh.status(timeout))
+
+    def statuses(self, timeout: float = _CONTROL_TIMEOUT_S) -> list[pb.GetStatusResponse]:
+        """See AsyncMesh.statuses."""
+        return loop.run(self._mesh.statuses(timeout))
 
     def close(self) -> None:
         """See AsyncMesh.close."""

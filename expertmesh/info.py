@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -50,6 +50,13 @@ class MeshLoad:
     maxvio: Mapping[int, float]  # by layer: (max - mean) / mean
     bias_version: int
     epoch: int
+    #: By layer: MaxVio of the controller's last closed window.
+    window_maxvio: Mapping[int, float] = field(default_factory=dict)
+    #: By layer: share of sampled picks that the trained bias alone would not have made, in the last
+    #: closed window.
+    divergence: Mapping[int, float] = field(default_factory=dict)
+    #: By layer: the largest |serving bias - trained bias|.
+    max_abs_delta: Mapping[int, float] = field(default_factory=dict)
 
 
 def info_of(answer: pb.DescribeResponse, address: str) -> MeshInfo:
@@ -94,4 +101,7 @@ def load_of(answer: pb.GetLoadResponse, info: MeshInfo) -> MeshLoad:
         maxvio=dict.fromkeys(gated, 0.0) | {e.layer: e.max_violation for e in answer.layers},
         bias_version=answer.bias_version,
         epoch=answer.epoch,
+        window_maxvio={each.layer: each.window_max_violation for each in answer.balance},
+        divergence={each.layer: each.divergence for each in answer.balance},
+        max_abs_delta={each.layer: each.max_abs_delta for each in answer.balance},
     )

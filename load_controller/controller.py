@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import get_args
 
-import torch
-
 from expertmesh.codec.slots import layer_slots
 from expertmesh.config import BalanceConfig, BalanceMode
 from expertmesh.errors import (
@@ -59,6 +57,8 @@ class LoadController:
         self.accounts = Accounts(store)
         self._holdings = store.holdings()
         self.balancer = Balancer(balance, balance.mode)
+        self._published = pb.BiasUpdate()
+        self._broken = False
         self.beats = 0
         self._beat = pb.BalanceBeat(window_age_s=-1.0)
         self._restore()
@@ -74,6 +74,7 @@ class LoadController:
             self._publish_bias()
         else:
             self.balancer.mode = stored_mode
+            self._published = messages.bias_update(self.bias_version, self.balancer)
 
     # Directory and placement.
 
@@ -249,12 +250,16 @@ class LoadController:
             news = self.accounts.take_assignments(request)
             if news is None:
                 return
-            cut = False
-            for layer, sample in scores.items():
-                share = shares.get(layer, UNMEASURED)
-                cut |= self.balancer.sample(request.source, layer, sample, share, now)
-            self.balancer.count(news, self.accounts.top_k, now)
-            self.close_windows(now, cut)
+
+            def balance() -> bool:
+                cut = False
+                for layer, sample in scores.items():
+                    share = shares.get(layer, UNMEASURED)
+                    cut |= self.balancer.sample(request.source, layer, sample, share, now)
+                self.balancer.count(news, self.accounts.top_k, now)
+                return self.balancer.close_due(now) or cut
+
+            self._publish_if(balance)
 
     def take_executions(self, request: pb.ReportExecutionsRequest) -> None:
         """Takes a server's totals. Raises InvalidRequestError for impossible ones."""
@@ -292,13 +297,31 @@ class LoadController:
 
     # Biases.
 
-    def close_windows(self, now: float, cut: bool = False) -> None:
-        """Closes what is due, and publishes when a delta moved, or has been `cut` already."""
-        if self.balancer.close_due(now) or cut:
+    def close_windows(self, now: float) -> None:
+        """Closes what is due, and publishes when a delta moved."""
+        self._publish_if(lambda: self.balancer.close_due(now))
+
+    def _publish_if(self, moved: Callable[[], bool]) -> None:
+        """Publishes when a decision has moved a delta.
+
+        A decision that fails stops balancing, audibly: no more beats. It stops nothing else; counts
+        are kept, and the published bias holds until someone sets a mode.
+        """
+        if self._broken:
+            return
+        try:
+            publish = moved()
+        except Exception:
+            self._broken = True
+            _log.exception("balancing has stopped; `expertmesh balance` starts it anew")
+            return
+        if publish:
             self._publish_bias()
 
     def beat(self, now: float) -> None:
-        """The loop is alive: tells every router so."""
+        """The loop is alive, and balancing with it: tells every router so."""
+        if self._broken:
+            return
         closed_at = self.balancer.closed_at
         self.beats += 1
         self._beat = pb.BalanceBeat(
@@ -320,23 +343,18 @@ class LoadController:
                 f"balance mode is {mode!r}, expected frozen, adaptive or off", field="mode"
             )
         self.balancer.set_mode(mode, reset)
+        self._broken = False
         self._publish_bias()
         _log.info("balance mode %s, bias version %d", mode, self.bias_version)
         return self.bias_version
 
     def _publish_bias(self) -> None:
-        self.bias_version += 1
-        self._store.save_bias(self.bias_version, self.balancer.mode, self.balancer.progress())
+        version = self.bias_version + 1
+        self._store.save_bias(version, self.balancer.mode, self.balancer.progress())
+        self.bias_version = version
+        self._published = messages.bias_update(version, self.balancer)
         self._on_change()
 
     def bias(self) -> pb.BiasUpdate:
-        """What is added to the trained biases."""
-        return pb.BiasUpdate(
-            version=self.bias_version,
-            mode=self.balancer.mode,
-            layers=[
-                pb.LayerBias(layer=layer, delta=state.delta.tolist())
-                for layer, state in sorted(self.balancer.layers.items())
-                if bool(torch.count_nonzero(state.delta))
-            ],
-        )
+        """What is added to the trained biases, as published."""
+        return self._published

@@ -75,6 +75,19 @@ def _scores(layer: int, tensor: tensor_pb2.Tensor, experts: int) -> torch.Tensor
     return torch.from_numpy(np.frombuffer(tensor.data, np.float32).reshape(shape).copy())
 
 
+def bias_update(version: int, balancer: Balancer) -> pb.BiasUpdate:
+    """Every delta that is not all zero, as that version."""
+    return pb.BiasUpdate(
+        version=version,
+        mode=balancer.mode,
+        layers=[
+            pb.LayerBias(layer=layer, delta=state.delta.tolist())
+            for layer, state in sorted(balancer.layers.items())
+            if bool(torch.count_nonzero(state.delta))
+        ],
+    )
+
+
 def layer_balances(balancer: Balancer) -> list[router_pb2.LayerBalance]:
     """How each layer is balanced, ascending by index."""
     return [

@@ -1,7 +1,7 @@
 """`expertmesh`: parse, run one command, say what went wrong in one line.
 
 Exit codes: 0 done; 1 the command failed (the message says why); 2 wrong usage; 3 `status` found the
-cluster not ready.
+cluster not ready, or `balance` a router that has not confirmed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 
 from expertmesh.errors import MeshError
-from fleet.cli import collect_env, demo, down, plan, serve, status
+from fleet.cli import balance, collect_env, demo, down, plan, serve, status, top
 from fleet.cli.output import as_json, emit
 
 _DESCRIPTION = """Serve the experts of Mixture-of-Experts models as a cluster.
@@ -22,11 +22,13 @@ examples:
   expertmesh demo                              a whole cluster on this machine, shown at work
   expertmesh serve CHECKPOINT --shards 4       serve a Hugging Face checkpoint until Ctrl-C
   expertmesh status                            the last cluster started on this host
+  expertmesh top                               its load and balance, as they change
   expertmesh plan                              what would change there, and why
+  expertmesh balance freeze                    serve the checkpoint's own routing, now
   expertmesh down                              end it
 """
 
-_COMMANDS = (serve, status, plan, demo, collect_env, down)
+_COMMANDS = (serve, status, top, plan, balance, demo, collect_env, down)
 
 
 def build_parser() -> argparse.ArgumentParser:

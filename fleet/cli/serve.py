@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from expertmesh.config import BalanceConfig
 from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.launch import launch
@@ -14,6 +15,7 @@ HELP = "Serve a Hugging Face MoE checkpoint until Ctrl-C, SIGTERM or `expertmesh
 EXAMPLES = """\
   expertmesh serve ./DeepSeek-V2-Lite --shards 2
   expertmesh serve ./model --shards 4 --replicas 2 --port 50051
+  expertmesh serve ./model --balance adaptive --set max_delta=0.1 --set divergence_ceiling=0.05
   expertmesh serve ./model --ray-address auto --shards 8     # spread over a running Ray cluster
   expertmesh serve ./model --ray-address auto --controller 10.0.0.5:50050 --cpus-per-server 8
 """
@@ -41,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics from this port on")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the balance, as divergence_ceiling=0.05; may be repeated",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             ray_address=arguments.ray_address,
             port=arguments.port,
-            balance=arguments.balance,
+            balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
             routers=arguments.routers,
             backend=arguments.backend,
             weights=arguments.weights,

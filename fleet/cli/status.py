@@ -58,6 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
                     "epoch": seen.epoch,
                     "controller": seen.controller,
                     "controller_connected": seen.controller_connected,
+                    "controller_age_s": seen.controller_age_s,
+                    "balance_alive": seen.balance_alive,
+                    "window_age_s": seen.window_age_s,
+                    "divergence": seen.divergence,
                     "answered_requests": seen.answered_requests,
                     "retried_pairs": seen.retried_pairs,
                     "servers": [server_json(server) for server in seen.servers],
@@ -69,6 +73,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if seen.ready else NOT_READY
 
 
+def _alive(seen: router_pb2.GetStatusResponse) -> str:
+    if seen.controller_age_s < 0:
+        return "NOT ALIVE: the load controller was never heard"
+    if not seen.balance_alive:
+        return f"NOT ALIVE: last heard {seen.controller_age_s:.0f} s ago, biases stand still"
+    return "alive" if seen.window_age_s < 0 else f"alive, last window {seen.window_age_s:.1f} s ago"
+
+
 def _lines(
     address: str, seen: router_pb2.GetStatusResponse, model_type: str, layers: int
 ) -> list[str]:
@@ -77,8 +89,9 @@ def _lines(
     lines = [
         f"router      {address}  {ready}",
         f"model       {model_type}, {layers} feed-forward layers",
-        f"controller  {seen.controller}  {controller}, balance {seen.balance_mode}, "
-        f"bias version {seen.bias_version}, epoch {seen.epoch}",
+        f"controller  {seen.controller}  {controller}, bias version {seen.bias_version}, "
+        f"epoch {seen.epoch}",
+        f"balance     {seen.balance_mode}, {_alive(seen)}, divergence {seen.divergence:.2%}",
         f"answered    {seen.answered_requests} requests, {seen.retried_pairs} pairs sent again",
         "",
         f"{'server':<18} {'state':<9} {'slots':>6} {'loaded':>10}  {'backend':<14} "

@@ -50,6 +50,34 @@ def test_counts_are_exact_over_two_routers_and_both_kinds_of_gate(
     assert by_caller.sum() == 3
 
 
+def test_what_servers_executed_is_what_was_assigned_where_nothing_was_repeated(
+    checkpoint: tuple[Path, torch.nn.Module],
+) -> None:
+    path, _ = checkpoint
+    patient = RouterConfig(hedge_after_s=60.0)  # on a busy machine too, nothing is asked twice
+    with (
+        local_mesh(path, replicas=2, routers=2, router_config=patient) as cluster,
+        expertmesh.connect(cluster.address) as mesh,
+    ):
+        for _ in range(6):
+            mesh.forward(torch.randn(40, HIDDEN), MOE_LAYER)
+        ids = torch.tensor([[3, 5], [3, -1]])
+        mesh.forward(torch.randn(2, HIDDEN), MOE_LAYER, expert_ids=ids, expert_weights=ids * 0.1)
+        assigned = mesh.load().counts[MOE_LAYER]
+
+        def executed() -> torch.Tensor:
+            load = cluster.controller.controller.load()
+            counts = {entry.layer: list(entry.counts) for entry in load.executions}
+            return torch.tensor(counts.get(MOE_LAYER, [0] * 17))
+
+        wait_until(lambda: int(executed()[:-1].sum()) >= int(assigned.sum()), 5.0, "reported")
+        (layer,) = cluster.controller.controller.load().layers
+
+        assert layer.repeated_pairs == 0
+        assert executed()[:-1].tolist() == assigned.tolist()
+        assert int(executed()[-1]) == 240, "rows whose shared expert was computed"
+
+
 def test_a_client_given_one_router_finds_the_others(
     checkpoint: tuple[Path, torch.nn.Module],
 ) -> None:

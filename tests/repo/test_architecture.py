@@ -49,7 +49,9 @@ PURE = (
     "expertmesh/telemetry/metric.py",
     "load_controller/autoscale.py",
     "load_controller/autoscale_state.py",
+    "fleet/top.py",
     "load_controller/balancer.py",
+    "load_controller/divergence.py",
     "load_controller/forecast.py",
     "load_controller/ledger.py",
     "load_controller/planner.py",
@@ -69,6 +71,7 @@ PURE = (
     "load_controller/simulator/static.py",
     "load_controller/simulator/trace.py",
     "load_controller/simulator/trace_file.py",
+    "router_service/meter.py",
     "router_service/routing.py",
 )
 IMPURE = ("asyncio", "datetime", "grpc", "os", "ray", "socket", "threading", "time")

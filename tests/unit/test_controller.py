@@ -128,8 +128,31 @@ def test_a_report_and_the_window_that_it_closes_are_stored_together_or_not_at_al
         controller.take_assignments(_report([3, 1]), now=0.0)
     restarted = _controller(path)
 
+    assert controller.bias_version == version
     assert restarted.bias_version == version
     assert len(restarted.load().layers) == 0
+
+
+def test_rules_that_fail_stop_the_beats_and_no_count_until_a_mode_is_set() -> None:
+    controller = _controller(mode="adaptive", window_tokens=1)
+    controller.take_assignments(_report([3, 1]), now=0.0)
+    published, rules = controller.bias(), controller.balancer.close_due
+    controller.beat(now=1.0)
+
+    def broken(now: float) -> bool:
+        raise ValueError("a bug")
+
+    controller.balancer.close_due = broken  # type: ignore[method-assign]
+    controller.take_assignments(_report([5, 1], sequence=2), now=2.0)
+    controller.beat(now=2.0)
+    beats, kept = controller.beats, controller.bias()
+    controller.balancer.close_due = rules  # type: ignore[method-assign]
+    controller.set_mode("adaptive")
+    controller.beat(now=3.0)
+
+    assert (beats, controller.beats) == (1, 2)
+    assert kept == published
+    assert list(controller.load().layers[0].counts) == [5, 1]
 
 
 def test_a_reset_starts_from_zero_and_keeps_the_mode() -> None:

@@ -1,0 +1,66 @@
+"""Asks a cluster's load controller, past its routers.
+
+A router's port is for those who send rows: whoever may use the cluster need not be able to change
+how it answers others. So what operators do goes to the controller's own address.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import grpc.aio
+
+from expertmesh.errors import InvalidRequestError
+from expertmesh.rpc import loop, status
+from expertmesh.rpc.channel import open_channel
+from expertmesh.v1 import control_pb2 as pb
+from expertmesh.v1 import control_pb2_grpc
+
+_TIMEOUT_S = 5.0
+_POLL_S = 0.02
+
+
+async def _call(address: str, method: str, request: Any) -> Any:
+    async with open_channel(address) as channel:
+        stub = control_pb2_grpc.ControlServiceStub(channel)
+        try:
+            return await getattr(stub, method)(request, timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise status.from_call(error, f"load controller at {address}") from None
+
+
+def set_balance_mode(address: str, mode: str, *, reset: bool = False) -> int:
+    """Changes the mode ("": not), or takes deltas back; the bias version that says so.
+
+    Raises InvalidRequestError for an address that is none, UnavailableError.
+    """
+    if ":" not in address:
+        raise InvalidRequestError(f"controller is {address!r}, expected host:port")
+    answer = loop.run(
+        _call(address, "SetBalanceMode", pb.SetBalanceModeRequest(mode=mode, reset=reset))
+    )
+    return int(answer.bias_version)
+
+
+def cluster_load(address: str) -> pb.GetClusterLoadResponse:
+    """What the controller knows of the load, and of who uses which version."""
+    answer: pb.GetClusterLoadResponse = loop.run(
+        _call(address, "GetClusterLoad", pb.GetClusterLoadRequest())
+    )
+    return answer
+
+
+def wait_in_use(address: str, bias_version: int, timeout_s: float) -> pb.GetClusterLoadResponse:
+    """Waits until every watching router uses that version or a later one.
+
+    Returns what the controller last knew, whether they do or `timeout_s` has passed.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        load = cluster_load(address)
+        if all(router.bias_version >= bias_version for router in load.routers):
+            return load
+        if time.monotonic() > end:
+            return load
+        time.sleep(_POLL_S)
