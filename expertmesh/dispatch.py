@@ -18,6 +18,17 @@ Ids = npt.NDArray[np.int32]
 #: A server that most rows visit is sent every row: the others cost less on the wire than it takes
 #: to pick rows out of a large tensor, and their part of the answer is zero.
 _MOST_ROWS = 0.9
+#: From so many pairs a server on, a batch asks every server anyway, and evenness counts.
+_LARGE_PAIRS = 64
+#: A large batch's pairs are divided anew at most so often, or until the largest time is this near
+#: the mean.
+_DIVISIONS = 8
+_EVEN = 1.02
+#: How strongly a server's lateness moves its odds. (Higher, it swings; lower, eight times do not do.)
+_DIVISION_STEP = 4
+#: By how much the odds of a server rise that gets the row anyway: a row sent twice costs its bytes,
+#: a server that is late costs everybody.
+_VISITED_ODDS = 64.0
 #: Rows whose float32 sum stays in a core's cache while the next partial sums are added.
 _COMBINE_ROWS = 64
 
@@ -60,9 +71,11 @@ class Part:
 def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids | None]:
     """Gives every pair to one server that holds its expert.
 
-    An expert with one holder goes there. Of several holders, one that already gets the row is
-    preferred (a row then travels once; among those, the one with the fewest pairs of the row), and
-    else one is drawn in proportion to its rate by weighted rendezvous hashing of (row + salt).
+    An expert with one holder goes there. Of several holders, in a small batch, one that already
+    gets the row is preferred (among those, the one with the fewest pairs of the row): fewer
+    servers are asked. A large batch asks all of them anyway; there each expert's rows are divided
+    so that the largest time is least. The rest is drawn in proportion by weighted rendezvous
+    hashing of (row + salt), which also tends to keep a row's experts on one server.
 
     Returns the parts, by ascending server, and the pairs that nobody can be asked for as an
     [T, K] table (-1 elsewhere), None where there are none.
@@ -73,7 +86,9 @@ def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids 
     if holders.any_replicas:
         flexible = valid & (count > 1)
         if flexible.any():
-            _choose_replicas(choice, ids_TK, flexible, holders, salt)
+            large = ids_TK.size >= _LARGE_PAIRS * len(holders.rate_S)
+            choose = _divide if large else _choose_replicas
+            choose(choice, ids_TK, flexible, holders, salt)
     lonely = count == 0
     unplaced = np.where(lonely, ids_TK, np.int32(-1)) if lonely.any() else None
     return _parts(choice, ids_TK), unplaced
@@ -87,26 +102,56 @@ def _choose_replicas(
     salt: int,
 ) -> None:
     """Fills `choice` where `flexible`, column by column, so that each sees the ones before."""
-    rows, servers = len(ids_TK), len(holders.rate_S)
+    (rows, columns), servers = ids_TK.shape, len(holders.rate_S)
     at, column = np.nonzero(choice >= 0)
     visits = np.bincount(at * servers + choice[at, column], minlength=rows * servers)
     visits_TS = visits.reshape(rows, servers).astype(np.float64)
-    draw_TS: npt.NDArray[np.float64] | None = None  # made when a row visits no holder yet
-    for k in range(ids_TK.shape[1]):
+    draw_TS = _rendezvous(rows, salt, holders.rate_S)  # in (0, 1)
+    for k in range(columns):
         here = np.flatnonzero(flexible[:, k])
         if len(here) == 0:
             continue
         can = holders.holds_ES[ids_TK[here, k]]
-        seen = np.where(can, visits_TS[here], 0.0)
-        # Visited servers first (fewest pairs first), then the draw, which lies in (0, 1).
-        score = np.where(seen > 0, 2.0 + 1.0 / np.maximum(seen, 1.0), can)
-        if not (seen > 0).any(1).all():
-            if draw_TS is None:
-                draw_TS = _rendezvous(rows, salt, holders.rate_S)
-            score = np.where((seen > 0) | ~can, score, draw_TS[here])
-        chosen = score.argmax(1)
+        seen = visits_TS[here]
+        # Visited servers first, of those the ones with the fewest pairs, and then the draw: without
+        # it the first server would get every tie, and with it more than its share.
+        score = draw_TS[here] + np.where(seen > 0, 1.0 + columns - seen, 0.0)
+        chosen = np.where(can, score, -1.0).argmax(1)
         choice[here, k] = chosen
         visits_TS[here, chosen] += 1.0
+
+
+def _divide(
+    choice: npt.NDArray[np.int64],
+    ids_TK: Ids,
+    flexible: npt.NDArray[np.bool_],
+    holders: Holders,
+    salt: int,
+) -> None:
+    """Fills `choice` where `flexible`, so that no server has much more to do than another.
+
+    Draws all pairs at once, and again with the odds of servers that came out late lowered and of
+    early ones raised, until they are about even.
+    """
+    rows, servers = len(ids_TK), len(holders.rate_S)
+    at, column = np.nonzero(choice >= 0)
+    visits = np.bincount(at * servers + choice[at, column], minlength=rows * servers)
+    fixed_S = visits.reshape(rows, servers).sum(0)
+    pair_rows, _ = np.nonzero(flexible)
+    odds_PS = np.where(holders.holds_ES[ids_TK[flexible]], holders.rate_S, 0.0)
+    odds_PS = odds_PS * np.where(visits.reshape(rows, servers)[pair_rows] > 0, _VISITED_ODDS, 1.0)
+    # The same draw for all pairs of a row: they tend to one server.
+    odds_PS /= -np.log(_uniform(rows, salt, servers))[pair_rows]
+    least = np.inf
+    for _ in range(_DIVISIONS):
+        drawn = odds_PS.argmax(1)
+        time_S = (fixed_S + np.bincount(drawn, minlength=servers)) / holders.rate_S
+        late = float(time_S.max() / time_S.mean())
+        if late < least:
+            least, choice[flexible] = late, drawn
+        if late < _EVEN:
+            break
+        odds_PS *= (time_S.mean() / np.maximum(time_S, 1.0)) ** _DIVISION_STEP
 
 
 def _rendezvous(rows: int, salt: int, rate_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -115,14 +160,19 @@ def _rendezvous(rows: int, salt: int, rate_S: npt.NDArray[np.float64]) -> npt.ND
     -rate / ln(u), u uniform in (0, 1), has that property (weighted rendezvous hashing); it is
     mapped into (0, 1) without changing the order.
     """
+    draw: npt.NDArray[np.float64] = rate_S / (rate_S - np.log(_uniform(rows, salt, len(rate_S))))
+    return draw
+
+
+def _uniform(rows: int, salt: int, servers: int) -> npt.NDArray[np.float64]:
+    """[T, S] in (0, 1), by row + salt and server: the finaliser of splitmix64 over both."""
     keys = (np.arange(rows, dtype=np.uint64) + np.uint64(salt & 0xFFFFFFFF))[:, None]
     mixed = keys * np.uint64(0x9E3779B97F4A7C15)
-    mixed = mixed + (np.arange(1, len(rate_S) + 1, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9))
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(32)
-    uniform = ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) / float(1 << 52)
-    draw: npt.NDArray[np.float64] = rate_S / (rate_S - np.log(uniform))
-    return draw
+    mixed = mixed + (np.arange(1, servers + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) / float(1 << 52)
 
 
 def _parts(choice: npt.NDArray[np.int64], ids_TK: Ids) -> list[Part]:

@@ -7,6 +7,7 @@ how it answers others. So what operators do goes to the controller's own address
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import grpc.aio
@@ -16,16 +17,18 @@ from expertmesh.rpc import loop, status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
+from load_controller.planner import Move
 
 _TIMEOUT_S = 5.0
 _POLL_S = 0.02
+_MIGRATE_S = 3600.0  # gigabytes from slow disks; the migration goes on when nobody waits
 
 
-async def _call(address: str, method: str, request: Any) -> Any:
+async def _call(address: str, method: str, request: Any, timeout_s: float = _TIMEOUT_S) -> Any:
     async with open_channel(address) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         try:
-            return await getattr(stub, method)(request, timeout=_TIMEOUT_S)
+            return await getattr(stub, method)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise status.from_call(error, f"load controller at {address}") from None
 
@@ -41,6 +44,29 @@ def set_balance_mode(address: str, mode: str, *, reset: bool = False) -> int:
         _call(address, "SetBalanceMode", pb.SetBalanceModeRequest(mode=mode, reset=reset))
     )
     return int(answer.bias_version)
+
+
+def migrate(address: str, moves: Iterable[Move]) -> pb.MigrateSlotsResponse:
+    """Moves experts while requests go on; returns when all is done.
+
+    A move's `layer` is the model's index. Raises what MigrateSlots in control.proto answers.
+    """
+    actions = {"load": pb.MOVE_ACTION_LOAD, "drop": pb.MOVE_ACTION_DROP}
+    request = pb.MigrateSlotsRequest(
+        moves=[
+            pb.SlotMove(
+                action=actions[move.action],
+                layer=move.layer,
+                expert=move.expert,
+                server_id=move.server,
+            )
+            for move in moves
+        ]
+    )
+    answer: pb.MigrateSlotsResponse = loop.run(
+        _call(address, "MigrateSlots", request, timeout_s=_MIGRATE_S)
+    )
+    return answer
 
 
 def cluster_load(address: str) -> pb.GetClusterLoadResponse:

@@ -41,6 +41,7 @@ class Survey:
     counts: Mapping[int, npt.NDArray[np.int64]]  # by layer index: [E] assignments, of either gate
     window_s: float  # in which they were counted; 0: since the cluster was first started
     epoch: int
+    controller: str  # "host:port"
 
 
 def survey(address: str, window_s: float = 0.0) -> Survey:
@@ -72,6 +73,7 @@ async def _survey(address: str, window_s: float) -> Survey:
             counts=counts,
             window_s=window_s,
             epoch=seen.epoch,
+            controller=seen.controller,
         )
 
 

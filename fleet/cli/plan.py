@@ -1,4 +1,4 @@
-"""`expertmesh plan`: what the planner and the autoscaler would do; nothing is changed."""
+"""`expertmesh plan`: what the planner and the autoscaler would do; done only with --apply."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from expertmesh.errors import ConfigError
 from fleet.cli import plan_trace
 from fleet.cli.output import emit
 from fleet.cli.status import router_address
+from fleet.control import migrate
 from fleet.proposal import LayerProposal, Proposal, propose
 from fleet.survey import survey
 
 NAME = "plan"
-HELP = "Show what would change in a cluster and why, or simulate one on a trace. Changes nothing."
+HELP = "Show what should change in a cluster and why; do it with --apply. Or simulate a trace."
 EXAMPLES = """\
   expertmesh plan                              # the last cluster, from all that it has counted
   expertmesh plan --window 30 --redundant 16   # from 30 s of its load, with 16 more slots a layer
+  expertmesh plan --window 30 --apply          # move the experts, while requests go on
   expertmesh plan --trace day                  # a day in the simulator, autoscaled
   expertmesh plan --trace day:exponent=1,hours=6 --servers 40 60 --json
   expertmesh plan --trace load.csv --static --set autoscale.target_utilization=0.6
@@ -36,11 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--window", type=float, default=0.0, metavar="S", help="count for S seconds (all so far)"
     )
+    cluster.add_argument("--apply", action="store_true", help="move the experts as planned")
     plan_trace.add_arguments(parser.add_argument_group("the simulator"))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Always 0: a plan was shown."""
+    """0: a plan was shown, and with --apply it is done."""
     if arguments.trace:
         return plan_trace.run(arguments)
     if plan_trace.is_used(arguments):
@@ -50,10 +53,19 @@ def run(arguments: argparse.Namespace) -> int:
     address = router_address(arguments.router)
     seen = survey(address, arguments.window)
     proposal = propose(seen, arguments.redundant)
-    if arguments.json:
-        emit(json.dumps(_as_json(address, seen.epoch, arguments.window, proposal)))
-    else:
+    if not arguments.json:
         emit("\n".join(_lines(address, seen.epoch, arguments.window, proposal)))
+    done = None
+    if arguments.apply:
+        moves = [move for each in proposal.layers for move in each.moves]
+        done = migrate(seen.controller, moves)
+    if arguments.json:
+        said = _as_json(address, seen.epoch, arguments.window, proposal)
+        emit(json.dumps(said | {"applied_epoch": done.epoch if done else None}))
+    elif done is None:
+        emit("\nNothing was changed: --apply does it.")
+    else:
+        emit(f"\nDone: {done.loaded} slots loaded, {done.dropped} dropped, epoch {done.epoch}.")
     return 0
 
 
@@ -113,7 +125,6 @@ def _lines(address: str, epoch: int, window_s: float, proposal: Proposal) -> lis
         )
         if each.moves:
             lines.append(f"{'':>38}{_what(each)}")
-    lines.append("\nNothing was changed.")
     return lines
 
 

@@ -142,3 +142,34 @@ def test_rows_without_contributions_are_zero_and_no_rows_give_none() -> None:
 
     assert one.tolist() == [[0.0] * 4, [1.0] * 4, [0.0] * 4]
     assert none.shape == (0, 4)
+
+
+def test_a_large_skewed_batch_is_divided_evenly_and_rows_stay_where_they_go_anyway() -> None:
+    generator = np.random.default_rng(0)
+    servers, experts, rows, top_k = 8, 64, 1024, 6
+    holds = np.zeros((servers, experts), np.bool_)
+    holds[np.arange(experts) % servers, np.arange(experts)] = True
+    for hot in range(8):  # the hottest have two copies more
+        holds[[(hot + 3) % servers, (hot + 6) % servers], hot] = True
+    keys = np.log(generator.random((rows, experts))) * np.arange(1, experts + 1)
+    ids = np.argsort(-keys, axis=1)[:, :top_k].astype(np.int32)
+    alone = ids.copy()
+    alone[ids < 8] = -1
+
+    parts, _ = dispatch.plan(ids, Holders(holds, np.ones(servers)), salt=3)
+    fixed, _ = dispatch.plan(alone, Holders(holds, np.ones(servers)), salt=3)
+
+    pairs = np.array([part.pairs for part in parts])
+    assert pairs.sum() == ids.size
+    assert pairs.max() <= 1.05 * pairs.mean()
+    sent = sum(rows if part.rows is None else len(part.rows) for part in parts)
+    needed = sum(rows if part.rows is None else len(part.rows) for part in fixed)
+    assert sent <= 1.25 * needed
+
+
+def test_a_slow_server_gets_less_of_a_large_batch() -> None:
+    ids = np.zeros((600, 1), np.int32)
+
+    parts, _ = dispatch.plan(ids, Holders(np.ones((3, 1), np.bool_), np.array([1.0, 1.0, 0.5])))
+
+    assert [round(part.pairs / 600, 1) for part in parts] == [0.4, 0.4, 0.2]

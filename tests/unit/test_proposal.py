@@ -34,7 +34,7 @@ def _survey(
         for name, held in holds.items()
     )
     totals = {layer: np.array(each, np.int64) for layer, each in counts.items()}
-    return Survey(info=info, servers=servers, counts=totals, window_s=0.0, epoch=3)
+    return Survey(info=info, servers=servers, counts=totals, window_s=0.0, epoch=3, controller="")
 
 
 _TWO = {"a": {1: {0, 1, 4}}, "b": {1: {2, 3, 4}}}  # four experts, and the shared one on both
