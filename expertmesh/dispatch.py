@@ -20,12 +20,10 @@ Ids = npt.NDArray[np.int32]
 _MOST_ROWS = 0.9
 #: From so many pairs a server on, a batch asks every server anyway, and evenness counts.
 _LARGE_PAIRS = 64
-#: A large batch's pairs are divided anew at most so often, or until the largest time is this near
-#: the mean.
-_DIVISIONS = 8
+#: A large batch's pairs are divided anew until the largest time is this near the mean, or so often;
+#: each time lateness moves a server's odds by this power, so that it nears and then settles.
 _EVEN = 1.02
-#: How strongly a server's lateness moves its odds. (Higher, it swings; lower, eight times do not do.)
-_DIVISION_STEP = 4
+_DIVISION_STEPS = (4, 4, 3, 2, 2, 1, 1, 1)
 #: By how much the odds of a server rise that gets the row anyway: a row sent twice costs its bytes,
 #: a server that is late costs everybody.
 _VISITED_ODDS = 64.0
@@ -143,7 +141,7 @@ def _divide(
     # The same draw for all pairs of a row: they tend to one server.
     odds_PS /= -np.log(_uniform(rows, salt, servers))[pair_rows]
     least = np.inf
-    for _ in range(_DIVISIONS):
+    for step in _DIVISION_STEPS:
         drawn = odds_PS.argmax(1)
         time_S = (fixed_S + np.bincount(drawn, minlength=servers)) / holders.rate_S
         late = float(time_S.max() / time_S.mean())
@@ -151,7 +149,7 @@ def _divide(
             least, choice[flexible] = late, drawn
         if late < _EVEN:
             break
-        odds_PS *= (time_S.mean() / np.maximum(time_S, 1.0)) ** _DIVISION_STEP
+        odds_PS *= (time_S.mean() / np.maximum(time_S, 1.0)) ** step
 
 
 def _rendezvous(rows: int, salt: int, rate_S: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

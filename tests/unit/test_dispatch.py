@@ -153,18 +153,13 @@ def test_a_large_skewed_batch_is_divided_evenly_and_rows_stay_where_they_go_anyw
         holds[[(hot + 3) % servers, (hot + 6) % servers], hot] = True
     keys = np.log(generator.random((rows, experts))) * np.arange(1, experts + 1)
     ids = np.argsort(-keys, axis=1)[:, :top_k].astype(np.int32)
-    alone = ids.copy()
-    alone[ids < 8] = -1
-
     parts, _ = dispatch.plan(ids, Holders(holds, np.ones(servers)), salt=3)
-    fixed, _ = dispatch.plan(alone, Holders(holds, np.ones(servers)), salt=3)
 
     pairs = np.array([part.pairs for part in parts])
     assert pairs.sum() == ids.size
     assert pairs.max() <= 1.05 * pairs.mean()
     sent = sum(rows if part.rows is None else len(part.rows) for part in parts)
-    needed = sum(rows if part.rows is None else len(part.rows) for part in fixed)
-    assert sent <= 1.25 * needed
+    assert sent <= 3.7 * rows, "4.4 if copies are drawn without regard to where rows go"
 
 
 def test_a_slow_server_gets_less_of_a_large_batch() -> None:
