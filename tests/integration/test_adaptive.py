@@ -51,7 +51,7 @@ class _Skewed:
 
 def _counts(cluster: LocalMesh) -> np.ndarray:
     """Assignments so far, as the controller counts them."""
-    loads = {entry.layer: entry for entry in cluster.controller.controller.load().layers}
+    loads = {entry.layer: entry for entry in cluster.controller.controller.load(now=0.0).layers}
     return np.array(loads[LAYER].counts) if LAYER in loads else np.zeros(16, np.int64)
 
 

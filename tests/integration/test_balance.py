@@ -224,6 +224,26 @@ def test_freezing_says_when_a_router_has_not_heard_of_it(
     assert "router-0 at 127.0.0.1:" in out
 
 
+def test_freezing_names_a_router_that_is_cut_off_and_forgets_one_that_was_stopped(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with local_mesh(checkpoint, routers=3, balance=_adaptive()) as cluster:
+        freeze = ("balance", "freeze", "--router", cluster.routers[0].address, "--wait-s", "0.2")
+        wait_until(lambda: _cli(capfd, *freeze)[0] == 0, 5.0, "all confirmed")
+        stopped, cut_off = cluster.routers.pop(1), cluster.routers[1]
+        loop.run(stopped.stop())
+        loop.run(cut_off._tasks.close())  # its loops with the controller; it serves on
+
+        code, out = _cli(capfd, *freeze)
+
+        with expertmesh.connect(cut_off.address) as mesh:
+            assert mesh.forward(torch.randn(2, HIDDEN), MOE_LAYER).shape == (2, HIDDEN)
+    assert code == 3
+    assert "in use by 1 of 2 routers" in out
+    assert "router-2 at 127.0.0.1:" in out
+    assert "cut off or dead for" in out
+
+
 def test_the_kill_switch_works_by_the_controllers_own_address(
     checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
