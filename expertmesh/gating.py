@@ -85,15 +85,16 @@ def choose(
     return _top_indices(choice_TE, spec.top_k)
 
 
-def changed_picks(
-    ids_TK: torch.Tensor,
-    scores_TE: torch.Tensor,
-    spec: GateSpec,
-    bias_E: torch.Tensor | None = None,
-) -> int:
-    """How many of the picks the rows would not have made under that bias (the trained one)."""
-    own_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
-    own_TE.scatter_(1, choose(scores_TE, spec, bias_E), True)
+def choice_mask(
+    scores_TE: torch.Tensor, spec: GateSpec, bias_E: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The same choice as a mask [T, E]: whether a row chooses an expert."""
+    chosen_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
+    return chosen_TE.scatter_(1, choose(scores_TE, spec, bias_E), True)
+
+
+def changed_picks(ids_TK: torch.Tensor, own_TE: torch.Tensor) -> int:
+    """How many of the picks are not in the rows' own choice, which is a mask."""
     return ids_TK.numel() - int(own_TE.gather(1, ids_TK.long()).sum())
 
 

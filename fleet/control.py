@@ -78,9 +78,10 @@ def cluster_load(address: str) -> pb.GetClusterLoadResponse:
 
 
 def wait_in_use(address: str, bias_version: int, timeout_s: float) -> pb.GetClusterLoadResponse:
-    """Waits until every watching router uses that version or a later one.
+    """Waits until every router that is known uses that version or a later one.
 
-    Returns what the controller last knew, whether they do or `timeout_s` has passed.
+    Returns what the controller last knew, whether they do or `timeout_s` has passed. One that is
+    away is waited for too: it may come back.
     """
     end = time.monotonic() + timeout_s
     while True:

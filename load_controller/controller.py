@@ -25,6 +25,7 @@ from load_controller.migration import Copy, Step
 from load_controller.store import Store
 
 _log = logging.getLogger(__name__)
+_MISSED_S = 3600.0  # a router that went without a word may still serve, cut off; told this long
 LOST_AFTER_S = 5.0  # announcements come every second: five in a row are missing
 
 
@@ -35,6 +36,7 @@ class _Router:
     incarnation: str
     endpoint: str
     bias_version: int = 0
+    leaving: bool = False  # it has said so: nobody need miss it
     epoch: int = 0  # until it has reported, servers must keep every placement
 
 
@@ -54,6 +56,7 @@ class LoadController:
         self._servers: dict[str, pb.AnnounceServerRequest] = {}
         self._heard_at: dict[str, float] = {}
         self._routers: dict[str, _Router] = {}
+        self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
         self._holdings = store.holdings()
         self.balancer = Balancer(balance, balance.mode)
@@ -158,14 +161,17 @@ class LoadController:
         """A router watches from now on. Raises InvalidRequestError for a gate that cannot be."""
         gates = messages.gates_of(request)
         self._routers[request.router_id] = _Router(request.incarnation, request.endpoint)
+        self._away.pop(request.router_id, None)
         self.balancer.gates |= gates
         self._directory_changed()
 
-    def remove_router(self, router_id: str, incarnation: str) -> None:
+    def remove_router(self, router_id: str, incarnation: str, now: float) -> None:
         """A router's watch has ended, unless a newer incarnation has taken its place."""
         router = self._routers.get(router_id)
         if router is not None and router.incarnation == incarnation:
             del self._routers[router_id]
+            if not router.leaving:
+                self._away[router_id] = (router, now)
             self.balancer.forget(router_id)
             self._directory_changed()
 
@@ -229,9 +235,10 @@ class LoadController:
         self._on_change()
         return self.epoch
 
-    def is_used_everywhere(self, epoch: int) -> bool:
-        """Whether no router uses an older placement any more."""
-        return not self._routers or self.oldest_epoch() >= epoch
+    def is_used_everywhere(self, epoch: int, now: float) -> bool:
+        """Whether no router uses an older placement any more, also none that was cut off."""
+        self._forget_missed(now)
+        return not self._away and all(each.epoch >= epoch for each in self._routers.values())
 
     def leaving(self) -> set[Copy]:
         """Copies that nobody is shown and that shall go."""
@@ -244,6 +251,9 @@ class LoadController:
         router = self._routers.get(request.source)
         if router is not None and router.incarnation == request.incarnation:
             router.bias_version, router.epoch = request.bias_version, request.epoch
+            router.leaving = request.leaving
+        elif request.leaving:  # its watch has ended first
+            self._away.pop(request.source, None)
         scores = messages.scores_of(request, self.balancer.gates)
         shares = self.accounts.take_shares(request)
         with self._store.transaction():  # routers hear of it in the loop's next turn, after this
@@ -274,26 +284,36 @@ class LoadController:
         """The state of every server that was ever announced."""
         return [entry.server.state for entry in self._servers.values()]
 
-    def load(self) -> pb.GetClusterLoadResponse:
-        """Every count so far, and how each layer is balanced."""
+    def load(self, now: float) -> pb.GetClusterLoadResponse:
+        """Every count so far, how each layer is balanced, and who uses which bias."""
         return pb.GetClusterLoadResponse(
             layers=self.accounts.layer_loads(),
             executions=self.accounts.layer_executions(),
             bias_version=self.bias_version,
             epoch=self.epoch,
             balance=messages.layer_balances(self.balancer),
-            routers=[
-                pb.RouterState(
-                    router_id=router_id,
-                    endpoint=router.endpoint,
-                    bias_version=router.bias_version,
-                    epoch=router.epoch,
-                )
-                for router_id, router in sorted(self._routers.items())
-            ],
+            routers=self._router_states(now),
             beat=self._beat,
             balance_mode=self.balancer.mode,
         )
+
+    def _router_states(self, now: float) -> list[pb.RouterState]:
+        self._forget_missed(now)
+        known = {name: (router, -1.0) for name, router in self._routers.items()}
+        known |= {name: (router, now - at) for name, (router, at) in self._away.items()}
+        return [
+            pb.RouterState(
+                router_id=name,
+                endpoint=router.endpoint,
+                bias_version=router.bias_version,
+                epoch=router.epoch,
+                away_s=away_s,
+            )
+            for name, (router, away_s) in sorted(known.items())
+        ]
+
+    def _forget_missed(self, now: float) -> None:
+        self._away = {n: (r, at) for n, (r, at) in self._away.items() if now - at < _MISSED_S}
 
     # Biases.
 

@@ -67,17 +67,23 @@ class Verdict(NamedTuple):
     withdrawn: bool
 
 
-def divergence(delta_E: torch.Tensor, gate: Gate, scores_TE: torch.Tensor) -> Share:
-    """How much of what these rows choose the delta would change."""
-    ids_TK = gating.choose(scores_TE, gate.spec, gate.trained_bias + delta_E)
-    changed = gating.changed_picks(ids_TK, scores_TE, gate.spec, gate.trained_bias)
-    return Share(changed, ids_TK.numel())
+class Sample:
+    """Rows of scores, and what they choose by themselves, which is worked out once."""
+
+    def __init__(self, scores_TE: torch.Tensor) -> None:
+        self.scores_TE = scores_TE
+        self._own_TE: torch.Tensor | None = None
+
+    def divergence(self, delta_E: torch.Tensor, gate: Gate) -> Share:
+        """How much of what these rows choose the delta would change."""
+        if self._own_TE is None:
+            self._own_TE = gating.choice_mask(self.scores_TE, gate.spec, gate.trained_bias)
+        ids_TK = gating.choose(self.scores_TE, gate.spec, gate.trained_bias + delta_E)
+        return Share(gating.changed_picks(ids_TK, self._own_TE), ids_TK.numel())
 
 
-def judge(
-    delta_E: torch.Tensor, gate: Gate, samples: Sequence[torch.Tensor], ceiling: float
-) -> Verdict:
-    """Cuts a delta until none of the samples [T, E] puts it above the ceiling."""
+def judge(delta_E: torch.Tensor, gate: Gate, samples: Sequence[Sample], ceiling: float) -> Verdict:
+    """Cuts a delta until none of the samples puts it above the ceiling."""
     if not samples:
         raise ValueError("a delta cannot be judged without a sample")
     first = _worst(delta_E, gate, samples)
@@ -92,8 +98,9 @@ def judge(
     return Verdict(delta_E, first, halvings, False)
 
 
-def _worst(delta_E: torch.Tensor, gate: Gate, samples: Sequence[torch.Tensor]) -> Share:
-    return max((divergence(delta_E, gate, each) for each in samples), key=lambda share: share.upper)
+def _worst(delta_E: torch.Tensor, gate: Gate, samples: Sequence[Sample]) -> Share:
+    shares = [sample.divergence(delta_E, gate) for sample in samples]
+    return max(shares, key=lambda share: share.upper)
 
 
 class HeldSamples:
@@ -106,24 +113,24 @@ class HeldSamples:
     def __init__(self, stale_s: float) -> None:
         """Samples older than the newest by `stale_s` are of routers that serve nothing now."""
         self._stale_s = stale_s
-        self._rows: dict[str, tuple[float, torch.Tensor]] = {}
+        self._samples: dict[str, tuple[float, Sample]] = {}
 
     def add(self, source: str, scores_TE: torch.Tensor, now: float) -> None:
         """Takes the rows that one router has sampled since its last report."""
-        if len(scores_TE) < MIN_ROWS and source in self._rows:
-            before_TE = self._rows[source][1]
+        if len(scores_TE) < MIN_ROWS and source in self._samples:
+            before_TE = self._samples[source][1].scores_TE
             scores_TE = torch.cat((before_TE, scores_TE))[-MIN_ROWS:]
-        self._rows[source] = (now, scores_TE)
+        self._samples[source] = (now, Sample(scores_TE))
 
     def drop(self, source: str) -> None:
         """That router is gone."""
-        self._rows.pop(source, None)
+        self._samples.pop(source, None)
 
-    def usable(self) -> list[torch.Tensor]:
+    def usable(self) -> list[Sample]:
         """What can be judged on; empty as long as no router has sent MIN_ROWS rows."""
-        newest = max((at for at, _ in self._rows.values()), default=0.0)
+        newest = max((at for at, _ in self._samples.values()), default=0.0)
         return [
-            rows
-            for at, rows in self._rows.values()
-            if len(rows) >= MIN_ROWS and at >= newest - self._stale_s
+            sample
+            for at, sample in self._samples.values()
+            if len(sample.scores_TE) >= MIN_ROWS and at >= newest - self._stale_s
         ]

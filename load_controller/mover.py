@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from load_controller.migration import Copy, Step, by_server, check_digests, plan
 _log = logging.getLogger(__name__)
 _LOAD_S = 600.0  # a layer's slots on one server: gigabytes from a slow disk
 _CALL_S = 30.0
-_SWITCH_S = 30.0  # routers take a placement up in milliseconds; batches in flight end sooner
+_SWITCH_S = 10.0  # routers take a placement up in milliseconds, and end batches in flight
 _POLL_S = 0.02
 _CLEAN_S = 1.0  # between two looks for copies that shall go
 
@@ -81,8 +82,11 @@ class Mover:
             await asyncio.shield(self._drop_all(step.loads))
             raise
         epoch = controller.switch(step)
-        await self._until_used(epoch)
-        await self._drop_all(step.drops)
+        if await self._is_used(epoch):
+            await self._drop_all(step.drops)
+        else:  # it may know only the old copies: they stay, and `clean` looks again
+            _log.warning("layer %d: some router has not taken up epoch %d for %.0f s: old slots "
+                         "stay until it has", step.layer, epoch, _SWITCH_S)  # fmt: skip
         _log.info("layer %d moved: %d slots came, %d went, epoch %d", step.layer,
                   len(step.loads), len(step.drops), epoch)  # fmt: skip
 
@@ -117,18 +121,14 @@ class Mover:
                     found[slot][server] = digest
         return found
 
-    async def _until_used(self, epoch: int) -> None:
-        """Returns when no router uses an older placement, or has had ample time to change.
-
-        Beyond that time nothing breaks: who asks for a slot that has gone is told so, and asks
-        another server by the newest placement.
-        """
+    async def _is_used(self, epoch: int) -> bool:
+        """Waits until no router uses an older placement; whether that came about in ample time."""
         deadline = Deadline.after(_SWITCH_S)
         while deadline.remaining > 0:
-            if self._controller.is_used_everywhere(epoch):
-                return
+            if self._controller.is_used_everywhere(epoch, time.monotonic()):
+                return True
             await asyncio.sleep(_POLL_S)
-        _log.warning("some router has not taken up epoch %d for %.0f s", epoch, _SWITCH_S)
+        return False
 
     async def _drop_all(self, copies: Iterable[Copy]) -> None:
         """Drops copies that are leaving; those that cannot be now, `clean` drops later."""
@@ -146,7 +146,11 @@ class Mover:
             controller = self._controller
             ready = controller.shown()
             leaving = {copy for copy in controller.leaving() if copy.server in ready}
-            if leaving and not self._busy and controller.is_used_everywhere(controller.epoch):
+            if (
+                leaving
+                and not self._busy
+                and controller.is_used_everywhere(controller.epoch, time.monotonic())
+            ):
                 await self._drop_all(leaving)
 
     async def _call(self, server: str, method: str, request: Any, timeout_s: float) -> Any:

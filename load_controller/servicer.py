@@ -107,7 +107,7 @@ class ControlServicer:
                 else:
                     await asyncio.shield(changed)
         finally:
-            controller.remove_router(request.router_id, request.incarnation)
+            controller.remove_router(request.router_id, request.incarnation, time.monotonic())
 
     def _news(
         self, sent: tuple[int, int, int, int]
@@ -149,7 +149,7 @@ class ControlServicer:
         self, request: pb.GetClusterLoadRequest, deadline: Deadline
     ) -> pb.GetClusterLoadResponse:
         """See control.proto."""
-        return self._controller.load()
+        return self._controller.load(time.monotonic())
 
     async def set_balance_mode(
         self, request: pb.SetBalanceModeRequest, deadline: Deadline

@@ -123,12 +123,15 @@ class ControllerLink:
             except MeshError as error:
                 _log.debug("report failed: %s", error.message)
 
-    async def flush(self, deadline: Deadline) -> None:
-        """Makes the controller know every answer given before the call."""
+    async def flush(self, deadline: Deadline, leaving: bool = False) -> None:
+        """Makes the controller know every answer given before the call, and that it was the last.
+
+        Where it knows them already, nothing is sent unless the router is `leaving`.
+        """
         async with self._reporting:
             bias_version, epoch = self._router.snapshot.bias_version, self._router.oldest_epoch()
             state = (self._router.counts.version, bias_version, epoch)
-            if state == self._reported:
+            if state == self._reported and not leaving:
                 return
             self._sequence += 1
             report = control_pb2.ReportAssignmentsRequest(
@@ -138,6 +141,7 @@ class ControllerLink:
                 bias_version=bias_version,
                 epoch=epoch,
                 samples=await self._router.samples(),
+                leaving=leaving,
             )
             self._router.counts.report(report)
             await self._call(self._stub.ReportAssignments, report, deadline)

@@ -73,7 +73,8 @@ class DivergenceMeter:
     def _measure(self, layer: LayerSpec, sample: Sample) -> control_pb2.LayerSample:
         gate, spec = self._model.gates[layer.index], layer.gate
         assert spec is not None, "only MoE layers are sampled"
-        changed = gating.changed_picks(sample.expert_ids, sample.scores, spec, gate.bias)
+        own = gating.choice_mask(sample.scores, spec, gate.bias)
+        changed = gating.changed_picks(sample.expert_ids, own)
         new = np.array([changed, sample.expert_ids.numel()], np.int64)
         total = self._totals[layer.index] + new
         measuring = self._measuring[layer.index] + new

@@ -113,7 +113,7 @@ class RouterServer:
         await self._server.stop()
         await self._tasks.close()
         try:
-            await self._link.flush(Deadline.after(_LAST_REPORT_S))
+            await self._link.flush(Deadline.after(_LAST_REPORT_S), leaving=True)
         except MeshError as error:
             _log.warning("the last counts did not reach the load controller: %s", error.message)
         await self._link.close()

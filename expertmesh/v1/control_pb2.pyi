@@ -171,7 +171,7 @@ class LayerBias(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., delta: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ReportAssignmentsRequest(_message.Message):
-    __slots__ = ("source", "incarnation", "sequence", "layers", "bias_version", "epoch", "samples")
+    __slots__ = ("source", "incarnation", "sequence", "layers", "bias_version", "epoch", "samples", "leaving")
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +179,7 @@ class ReportAssignmentsRequest(_message.Message):
     BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     source: str
     incarnation: str
     sequence: int
@@ -186,7 +187,8 @@ class ReportAssignmentsRequest(_message.Message):
     bias_version: int
     epoch: int
     samples: _containers.RepeatedCompositeFieldContainer[LayerSample]
-    def __init__(self, source: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[LayerSample, _Mapping]]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, source: _Optional[str] = ..., incarnation: _Optional[str] = ..., sequence: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., samples: _Optional[_Iterable[_Union[LayerSample, _Mapping]]] = ..., leaving: bool = ...) -> None: ...
 
 class LayerSample(_message.Message):
     __slots__ = ("layer", "sampled_picks", "changed_picks", "scores")
@@ -253,16 +255,18 @@ class GetClusterLoadResponse(_message.Message):
     def __init__(self, layers: _Optional[_Iterable[_Union[_router_pb2.LayerLoad, _Mapping]]] = ..., executions: _Optional[_Iterable[_Union[LayerExecutions, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., balance: _Optional[_Iterable[_Union[_router_pb2.LayerBalance, _Mapping]]] = ..., routers: _Optional[_Iterable[_Union[RouterState, _Mapping]]] = ..., beat: _Optional[_Union[BalanceBeat, _Mapping]] = ..., balance_mode: _Optional[str] = ...) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("router_id", "endpoint", "bias_version", "epoch")
+    __slots__ = ("router_id", "endpoint", "bias_version", "epoch", "away_s")
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    AWAY_S_FIELD_NUMBER: _ClassVar[int]
     router_id: str
     endpoint: str
     bias_version: int
     epoch: int
-    def __init__(self, router_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    away_s: float
+    def __init__(self, router_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., away_s: _Optional[float] = ...) -> None: ...
 
 class SetBalanceModeRequest(_message.Message):
     __slots__ = ("mode", "reset")

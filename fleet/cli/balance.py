@@ -66,6 +66,7 @@ def _as_json(
                 "router_id": router.router_id,
                 "endpoint": router.endpoint,
                 "bias_version": router.bias_version,
+                "away_s": router.away_s if router.away_s >= 0 else None,
             }
             for router in load.routers
         ],
@@ -82,8 +83,14 @@ def _lines(
         f"balance {load.balance_mode}, bias version {version}, in use by {total - len(behind)} of "
         f"{total} routers"
     ]
-    lines += [
-        f"  {router.router_id} at {router.endpoint} still uses version {router.bias_version}"
-        for router in behind
-    ]
+    lines += [f"  {router.router_id} at {router.endpoint} {_state(router)}" for router in behind]
     return lines
+
+
+def _state(router: control_pb2.RouterState) -> str:
+    if router.away_s < 0:
+        return f"has not said that it does: version {router.bias_version}"
+    return (
+        f"is cut off or dead for {router.away_s:.0f} s: if it serves, then by version "
+        f"{router.bias_version}; end it"
+    )

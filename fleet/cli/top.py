@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from expertmesh.client import Mesh, connect
-from expertmesh.errors import InvalidRequestError
+from expertmesh.errors import InvalidRequestError, UnavailableError
+from expertmesh.info import MeshLoad
 from fleet.cli.output import emit
 from fleet.cli.status import router_address
 from fleet.top import LayerRow, Look, ServerRow, Top, compare
@@ -57,8 +58,16 @@ def _on_terminal() -> bool:
     return sys.__stdout__ is not None and sys.__stdout__.isatty()
 
 
-def _look(mesh: Mesh) -> Look:
-    return Look(time.monotonic(), mesh.load(), mesh.statuses())
+def _look(mesh: Mesh, last: MeshLoad | None = None) -> Look:
+    """A look now. Counts are the last ones while the load controller is away."""
+    statuses = mesh.statuses()
+    try:
+        load = mesh.load()
+    except UnavailableError:
+        if last is None:
+            raise
+        load = last
+    return Look(time.monotonic(), load, statuses)
 
 
 def _print(top: Top, arguments: argparse.Namespace) -> None:
@@ -75,7 +84,7 @@ def _follow(mesh: Mesh, before: Look, arguments: argparse.Namespace) -> None:
         with Live(console=console, auto_refresh=False, screen=True) as live:
             while True:
                 time.sleep(arguments.interval_s)
-                after = _look(mesh)
+                after = _look(mesh, before.load)
                 live.update(render(compare(before, after), arguments.layers), refresh=True)
                 before = after
     except KeyboardInterrupt:
@@ -86,13 +95,13 @@ def render(top: Top, most_layers: int) -> Group:
     """The header and both tables."""
     shown = sorted(top.layers, key=lambda row: -row.max_violation)[:most_layers]
     hidden = len(top.layers) - len(shown)
-    parts = [_header(top), _layers(sorted(shown, key=lambda row: row.layer))]
+    parts: list[Text | Table] = [_header(top), _layers(sorted(shown, key=lambda row: row.layer))]
     if hidden:
         parts.append(Text(f"{hidden} more layers, of lower MaxVio: --layers {len(top.layers)}"))
     return Group(*parts, _servers(top.servers))
 
 
-def _header(top: Top) -> Text | Table:
+def _header(top: Top) -> Text:
     alive = "alive" if top.balance_alive else "NOT ALIVE: biases stand still"
     controller = "connected" if top.controller_connected else "away"
     return Text(

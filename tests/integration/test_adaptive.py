@@ -51,7 +51,7 @@ class _Skewed:
 
 def _counts(cluster: LocalMesh) -> np.ndarray:
     """Assignments so far, as the controller counts them."""
-    loads = {entry.layer: entry for entry in cluster.controller.controller.load().layers}
+    loads = {entry.layer: entry for entry in cluster.controller.controller.load(now=0.0).layers}
     return np.array(loads[LAYER].counts) if LAYER in loads else np.zeros(16, np.int64)
 
 
@@ -131,15 +131,17 @@ async def _divergences(router: Router, seconds: float) -> list[tuple[float, floa
     assert spec is not None
     assert spec.gate is not None
     calm, mixed = _populations()
-    scores = {id(rows): gating.scores(gating.logits(rows, gate, spec.gate), spec.gate)
-              for rows in (calm, mixed)}  # fmt: skip
+    own = {}
+    for rows in (calm, mixed):
+        scores = gating.scores(gating.logits(rows, gate, spec.gate), spec.gate)
+        own[id(rows)] = gating.choice_mask(scores, spec.gate, gate.bias)
     measured, started = [], time.monotonic()
     while (passed := time.monotonic() - started) < seconds:
         rows = calm if passed % 3.0 < 2.0 else mixed
         request = ForwardRequest(layer=LAYER, hidden_states=rows, want_detail=True)
         answer = await router.forward(request, Deadline.after(10.0))
         assert answer.expert_ids is not None
-        changed = gating.changed_picks(answer.expert_ids, scores[id(rows)], spec.gate, gate.bias)
+        changed = gating.changed_picks(answer.expert_ids, own[id(rows)])
         measured.append((time.monotonic(), changed / answer.expert_ids.numel()))
     return measured
 

@@ -178,17 +178,16 @@ def test_freezing_restores_the_checkpoints_routing_within_one_push(
     ):
         _adapt(cluster, mesh, windows=6)
         adapted = mesh.forward(hidden, MOE_LAYER)
-        version = cluster.controller.controller.bias_version
-
         code, out = _cli(capfd, "balance", "freeze", "--router", cluster.address, "--json")
         answer = json.loads(out)
         again = [mesh.forward(hidden, MOE_LAYER) for _ in range(4)]
 
         assert code == 0
         assert answer["balance_mode"] == "frozen"
-        assert answer["bias_version"] == version + 1
+        version = cluster.controller.controller.bias_version
+        assert answer["bias_version"] == version, "one push, and none after it"
         assert answer["in_use"]
-        assert [r["bias_version"] for r in answer["routers"]] == [version + 1] * 2
+        assert [r["bias_version"] for r in answer["routers"]] == [version] * 2
         assert not torch.allclose(adapted, own)
         for output in again:
             torch.testing.assert_close(output, own)
@@ -223,6 +222,26 @@ def test_freezing_says_when_a_router_has_not_heard_of_it(
     assert code == 3
     assert "in use by 0 of 1 routers" in out
     assert "router-0 at 127.0.0.1:" in out
+
+
+def test_freezing_names_a_router_that_is_cut_off_and_forgets_one_that_was_stopped(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with local_mesh(checkpoint, routers=3, balance=_adaptive()) as cluster:
+        freeze = ("balance", "freeze", "--router", cluster.routers[0].address, "--wait-s", "0.2")
+        wait_until(lambda: _cli(capfd, *freeze)[0] == 0, 5.0, "all confirmed")
+        stopped, cut_off = cluster.routers.pop(1), cluster.routers[1]
+        loop.run(stopped.stop())
+        loop.run(cut_off._tasks.close())  # its loops with the controller; it serves on
+
+        code, out = _cli(capfd, *freeze)
+
+        with expertmesh.connect(cut_off.address) as mesh:
+            assert mesh.forward(torch.randn(2, HIDDEN), MOE_LAYER).shape == (2, HIDDEN)
+    assert code == 3
+    assert "in use by 1 of 2 routers" in out
+    assert "router-2 at 127.0.0.1:" in out
+    assert "cut off or dead for" in out
 
 
 def test_the_kill_switch_works_by_the_controllers_own_address(

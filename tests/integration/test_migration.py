@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from expertmesh.model import ExpertWeights, Slot
 from expertmesh.rpc import loop
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
+from load_controller import mover
 from load_controller.migration import Copy
 from tests.checkpoints import make_checkpoint
 from tests.load import Load
@@ -228,3 +230,20 @@ def test_a_controller_that_ends_in_mid_step_drops_what_was_loaded_and_not_shown(
     wait_until(lambda: 0 not in _held(mesh.servers[1]), 20.0, "dropped")
     wait_until(lambda: not mesh.controller.controller.leaving(), 20.0, "forgotten")
     mesh.wait()
+
+
+def test_old_slots_stay_while_a_router_is_cut_off_and_go_when_it_is_back(
+    mesh: LocalMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mover, "_SWITCH_S", 0.2)
+    controller = mesh.controller.controller
+    router = controller._routers["router-1"]
+    controller.remove_router("router-1", router.incarnation, time.monotonic())
+
+    _migrate(mesh, _load("s1r0", Slot(LAYER, 0)), _drop("s0r0", Slot(LAYER, 0)))
+    kept = _held(mesh.servers[0])
+    controller._away.clear()  # as when it watches again
+    controller._routers["router-1"] = router
+
+    assert 0 in kept
+    wait_until(lambda: 0 not in _held(mesh.servers[0]), 10.0, "dropped")

@@ -79,7 +79,7 @@ def test_a_repeated_report_brings_no_news() -> None:
     controller.take_assignments(_report([3, 1]), now=0.0)
     controller.take_assignments(_report([9, 9], sequence=0), now=0.0)
 
-    assert list(controller.load().layers[0].counts) == [3, 1]
+    assert list(controller.load(now=0.0).layers[0].counts) == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_a_repeated_report_brings_no_news() -> None:
 def test_impossible_totals_are_refused_and_change_nothing(counts: list[int], problem: str) -> None:
     controller = _controller(mode="adaptive", window_tokens=1)
     controller.take_assignments(_report([3, 1]), now=0.0)
-    before = controller.load()
+    before = controller.load(now=0.0)
 
     with pytest.raises(InvalidRequestError, match=problem):
         controller.take_assignments(_report(counts, sequence=2), now=0.0)
-    refused = controller.load()
+    refused = controller.load(now=0.0)
     controller.take_assignments(_report([4, 1], sequence=2), now=0.0)
 
     assert refused == before
-    assert list(controller.load().layers[0].counts) == [4, 1]
+    assert list(controller.load(now=0.0).layers[0].counts) == [4, 1]
 
 
 def test_a_layer_that_a_report_leaves_out_keeps_its_counts() -> None:
@@ -130,7 +130,7 @@ def test_a_report_and_the_window_that_it_closes_are_stored_together_or_not_at_al
 
     assert controller.bias_version == version
     assert restarted.bias_version == version
-    assert len(restarted.load().layers) == 0
+    assert len(restarted.load(now=0.0).layers) == 0
 
 
 def test_rules_that_fail_stop_the_beats_and_no_count_until_a_mode_is_set() -> None:
@@ -152,7 +152,7 @@ def test_rules_that_fail_stop_the_beats_and_no_count_until_a_mode_is_set() -> No
 
     assert (beats, controller.beats) == (1, 2)
     assert kept == published
-    assert list(controller.load().layers[0].counts) == [5, 1]
+    assert list(controller.load(now=0.0).layers[0].counts) == [5, 1]
 
 
 def test_a_reset_starts_from_zero_and_keeps_the_mode() -> None:
@@ -170,21 +170,41 @@ def test_a_reset_starts_from_zero_and_keeps_the_mode() -> None:
 def test_routers_are_listed_with_the_versions_that_they_use() -> None:
     controller = _controller()
     controller.add_router(pb.WatchClusterRequest(router_id="r0", incarnation="i", endpoint="h:1"))
-    silent = list(controller.load().routers)
+    silent = list(controller.load(now=0.0).routers)
     report = _report([1, 1])
     report.bias_version, report.epoch = 1, 4
     controller.take_assignments(report, now=0.0)
 
-    assert silent == [pb.RouterState(router_id="r0", endpoint="h:1")]
-    assert list(controller.load().routers) == [
-        pb.RouterState(router_id="r0", endpoint="h:1", bias_version=1, epoch=4)
+    assert silent == [pb.RouterState(router_id="r0", endpoint="h:1", away_s=-1.0)]
+    assert list(controller.load(now=0.0).routers) == [
+        pb.RouterState(router_id="r0", endpoint="h:1", bias_version=1, epoch=4, away_s=-1.0)
     ]
+
+
+def test_a_router_that_went_without_a_word_is_missed_and_one_that_took_leave_is_not() -> None:
+    controller = _controller()
+    for name in ("lost", "left", "late"):
+        controller.add_router(pb.WatchClusterRequest(router_id=name, incarnation="i"))
+    goodbye = {name: _report([1, 1], source=name) for name in ("left", "late")}
+    for report in goodbye.values():
+        report.leaving = True
+
+    controller.take_assignments(goodbye["left"], now=0.0)
+    for name in ("lost", "left", "late"):
+        controller.remove_router(name, "i", now=10.0)
+    controller.take_assignments(goodbye["late"], now=10.1)
+    missed = list(controller.load(now=15.0).routers)
+    controller.add_router(pb.WatchClusterRequest(router_id="lost", incarnation="i"))
+
+    assert missed == [pb.RouterState(router_id="lost", away_s=5.0)]
+    assert [router.away_s for router in controller.load(now=16.0).routers] == [-1.0]
+    assert len(controller.directory().routers) == 1
 
 
 def test_directory_versions_go_on_after_a_restart(tmp_path: Path) -> None:
     first = _controller(tmp_path / "state.sqlite")
     first.add_router(pb.WatchClusterRequest(router_id="r0", incarnation="i"))
-    first.remove_router("r0", "i")
+    first.remove_router("r0", "i", now=0.0)
 
     second = _controller(tmp_path / "state.sqlite")
 
@@ -226,7 +246,7 @@ def test_maxvio_is_of_both_kinds_of_count() -> None:
 
     controller.take_assignments(report, now=0.0)
 
-    assert controller.load().layers[0].max_violation == 0.0
+    assert controller.load(now=0.0).layers[0].max_violation == 0.0
 
 
 def test_state_survives_a_restart_and_versions_go_on(tmp_path: Path) -> None:
@@ -244,7 +264,7 @@ def test_state_survives_a_restart_and_versions_go_on(tmp_path: Path) -> None:
     assert again == published
     assert second.directory().servers == first.directory().servers
     assert second.epoch == first.epoch
-    assert list(second.load().layers[0].counts) == [99, 1]
+    assert list(second.load(now=0.0).layers[0].counts) == [99, 1]
     assert second.bias().version == published.version + 1
     assert list(second.bias().layers[0].delta) == [-1.0, 1.0]
 
@@ -367,6 +387,6 @@ def test_a_routers_end_is_forgotten_only_when_it_is_the_present_one() -> None:
             pb.WatchClusterRequest(router_id="r0", incarnation=incarnation, endpoint=endpoint)
         )
 
-    controller.remove_router("r0", "old")
+    controller.remove_router("r0", "old", now=0.0)
 
     assert list(controller.directory().routers) == ["h:2"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertmesh.model import GateSpec
-from load_controller.divergence import MIN_ROWS, Gate, HeldSamples, Share, divergence, judge
+from load_controller.divergence import MIN_ROWS, Gate, HeldSamples, Sample, Share, judge
 
 SPEC = GateSpec(score="sigmoid", top_k=1)
 GATE = Gate(SPEC, torch.tensor([0.0, 0.1]))
@@ -25,22 +25,22 @@ def _even(rows: int) -> torch.Tensor:
 def test_divergence_is_the_share_of_picks_that_the_trained_bias_would_not_make() -> None:
     scores = _rows(0.3, 0.1, -0.1, 0.05)
 
-    share = divergence(torch.tensor([0.0, 0.2]), GATE, scores)
+    share = Sample(scores).divergence(torch.tensor([0.0, 0.2]), GATE)
 
     assert share == Share(changed=2, picks=4)
 
 
 def test_a_delta_of_zero_diverges_nowhere_ties_included() -> None:
-    assert divergence(torch.zeros(2), GATE, _rows(0.0, 0.0, 0.5)).changed == 0
+    assert Sample(_rows(0.0, 0.0, 0.5)).divergence(torch.zeros(2), GATE).changed == 0
 
 
 def test_the_gates_groups_count_when_picks_are_compared() -> None:
     spec = GateSpec(score="sigmoid", top_k=1, n_group=2, topk_group=1, group_score="top2_sum")
     gate = Gate(spec, torch.zeros(4))
-    scores = torch.tensor([[0.6, 0.3, 0.8, 0.0]])  # groups are worth 0.9 and 0.8
+    sample = Sample(torch.tensor([[0.6, 0.3, 0.8, 0.0]]))  # groups are worth 0.9 and 0.8
 
-    kept = divergence(torch.tensor([0.0, 0.0, 0.05, 0.0]), gate, scores)
-    moved = divergence(torch.tensor([0.0, 0.0, 0.2, 0.0]), gate, scores)
+    kept = sample.divergence(torch.tensor([0.0, 0.0, 0.05, 0.0]), gate)
+    moved = sample.divergence(torch.tensor([0.0, 0.0, 0.2, 0.0]), gate)
 
     assert (kept.changed, moved.changed) == (0, 1)
 
@@ -48,7 +48,7 @@ def test_the_gates_groups_count_when_picks_are_compared() -> None:
 def test_a_candidate_under_the_ceiling_is_admitted_as_it_is() -> None:
     candidate = torch.tensor([0.0, 0.04])
 
-    verdict = judge(candidate, GATE, [_even(1000)], ceiling=0.1)
+    verdict = judge(candidate, GATE, [Sample(_even(1000))], ceiling=0.1)
 
     assert torch.equal(verdict.delta, candidate)
     assert (verdict.halvings, verdict.withdrawn) == (0, False)
@@ -57,7 +57,7 @@ def test_a_candidate_under_the_ceiling_is_admitted_as_it_is() -> None:
 def test_a_candidate_above_the_ceiling_is_halved_until_it_is_under_it() -> None:
     candidate = torch.tensor([0.0, 0.15])
 
-    verdict = judge(candidate, GATE, [_even(1000)], ceiling=0.1)
+    verdict = judge(candidate, GATE, [Sample(_even(1000))], ceiling=0.1)
 
     assert verdict.delta.tolist() == pytest.approx([0.0, 0.075])
     assert (verdict.halvings, verdict.withdrawn) == (1, False)
@@ -66,7 +66,7 @@ def test_a_candidate_above_the_ceiling_is_halved_until_it_is_under_it() -> None:
 
 @pytest.mark.parametrize("shift", [0.2, 0.9], ids=["twice the ceiling", "far above"])
 def test_a_candidate_at_twice_the_ceiling_is_withdrawn(shift: float) -> None:
-    verdict = judge(torch.tensor([0.0, shift]), GATE, [_even(1000)], ceiling=0.1)
+    verdict = judge(torch.tensor([0.0, shift]), GATE, [Sample(_even(1000))], ceiling=0.1)
 
     assert verdict.delta.tolist() == [0.0, 0.0]
     assert (verdict.halvings, verdict.withdrawn) == (0, True)
@@ -75,7 +75,7 @@ def test_a_candidate_at_twice_the_ceiling_is_withdrawn(shift: float) -> None:
 def test_a_delta_that_no_halving_brings_under_the_ceiling_ends_at_zero() -> None:
     cliff = torch.cat((_rows(*[1e-9] * 150), _rows(*[0.5] * 850)))
 
-    verdict = judge(torch.tensor([0.0, 0.1]), GATE, [cliff], ceiling=0.1)
+    verdict = judge(torch.tensor([0.0, 0.1]), GATE, [Sample(cliff)], ceiling=0.1)
 
     assert verdict.delta.tolist() == [0.0, 0.0]
     assert not verdict.withdrawn
@@ -84,8 +84,8 @@ def test_a_delta_that_no_halving_brings_under_the_ceiling_ends_at_zero() -> None
 def test_a_small_sample_admits_less_than_a_large_one() -> None:
     candidate = torch.tensor([0.0, 0.09])
 
-    small = judge(candidate, GATE, [_even(100)], ceiling=0.1)
-    large = judge(candidate, GATE, [_even(100_000)], ceiling=0.1)
+    small = judge(candidate, GATE, [Sample(_even(100))], ceiling=0.1)
+    large = judge(candidate, GATE, [Sample(_even(100_000))], ceiling=0.1)
 
     assert (small.halvings, large.halvings) == (1, 0)
 
@@ -93,7 +93,9 @@ def test_a_small_sample_admits_less_than_a_large_one() -> None:
 def test_the_router_whose_traffic_diverges_most_decides() -> None:
     calm = _rows(*[0.5] * 1000)
 
-    verdict = judge(torch.tensor([0.0, 0.15]), GATE, [calm, _even(1000)], ceiling=0.1)
+    verdict = judge(
+        torch.tensor([0.0, 0.15]), GATE, [Sample(calm), Sample(_even(1000))], ceiling=0.1
+    )
 
     assert verdict.halvings == 1
 
@@ -106,7 +108,7 @@ def test_nothing_is_admitted_without_a_sample() -> None:
 def test_the_trained_bias_is_never_written() -> None:
     gate = Gate(SPEC, torch.tensor([0.0, 0.1]))
 
-    judge(torch.tensor([0.0, 0.9]), gate, [_even(100)], ceiling=0.1)
+    judge(torch.tensor([0.0, 0.9]), gate, [Sample(_even(100))], ceiling=0.1)
 
     assert torch.equal(gate.trained_bias, torch.tensor([0.0, 0.1]))
 
@@ -118,7 +120,7 @@ def test_a_full_report_replaces_the_rows_that_were_held() -> None:
 
     (rows,) = held.usable()
 
-    assert torch.equal(rows, _rows(*[0.2] * (MIN_ROWS + 3)))
+    assert torch.equal(rows.scores_TE, _rows(*[0.2] * (MIN_ROWS + 3)))
 
 
 def test_a_small_report_is_filled_up_with_older_rows() -> None:
@@ -128,7 +130,7 @@ def test_a_small_report_is_filled_up_with_older_rows() -> None:
 
     (rows,) = held.usable()
 
-    assert torch.equal(rows, _rows(*[0.1] * (MIN_ROWS - 2), 0.2, 0.2))
+    assert torch.equal(rows.scores_TE, _rows(*[0.1] * (MIN_ROWS - 2), 0.2, 0.2))
 
 
 def test_rows_judge_only_when_they_are_enough() -> None:

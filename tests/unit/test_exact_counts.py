@@ -177,7 +177,7 @@ class Accounting(RuleBasedStateMachine):
         for report in self._on_the_way:
             self._take(report)
 
-        load = self._controller.load()
+        load = self._controller.load(now=0.0)
 
         for store in self._stores:
             store.close()

@@ -1,0 +1,146 @@
+"""What counting costs, and sampling for the divergence meter: one layer with and without.
+
+python benchmarks/bench_counts.py [--hardware 2core-epyc]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: threads that wait take no core
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the cluster in one process is the tests' own
+
+import torch
+from harness import Report, Spread, interleave, ratios
+from layer import LITE, QUICK, make_block, make_rows, save_block
+from machine import facts
+
+import expertmesh
+from expert_service import shard
+from expertmesh import BalanceConfig
+from tests.mesh import LocalMesh, local_mesh
+
+TOLERANCE = 1e-2  # bf16
+REQUESTS = {1: 200, 64: 40, 512: 8, 4096: 2}  # one after the other in a round: a second or so
+_SAYS = """\
+Each cell is the time of a round over the time of the same round with all counting off, less one:
+median (least–largest). `counted` is mode frozen as it always runs: routers count assignments,
+servers executions, both report, the controller stores. `sampled` is mode adaptive with a ceiling:
+scores sampled, reported and judged, windows closed and pushed. Its rate is so small that no pick
+changes, and outputs are compared with transformers' block. The whole cluster is in one process, so
+that everything it does to count competes with the layer for the same interpreter: apart, as it is
+served, router and controller have interpreters of their own."""
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(REQUESTS))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    parser.add_argument("--quick", action="store_true", help="a tiny layer: does it run at all?")
+    return parser.parse_args()
+
+
+def _count_nothing(*_: object, **__: object) -> None:
+    """In place of what counts."""
+
+
+_STATE_COUNT = shard._LayerState.count
+
+
+def _switch(cluster: LocalMesh, *, counting: bool) -> None:
+    """Counts or not from now on. What does not change is not reported, either."""
+    counts = cluster.routers[0].router.counts
+    add = type(counts).add.__get__(counts) if counting else _count_nothing
+    counts.add = add  # type: ignore[method-assign]
+    shard._LayerState.count = _STATE_COUNT if counting else _count_nothing  # type: ignore[method-assign]
+
+
+def _percent(over: Spread) -> str:
+    least, middle, most = (f"{100 * (each - 1):+.1f}" for each in (over.min, over.median, over.max))
+    return f"{middle} % ({least} – {most})"
+
+
+def _measure(
+    report: Report,
+    meshes: dict[str, LocalMesh],
+    block: torch.nn.Module,
+    rows: torch.Tensor,
+    rounds: int,
+) -> None:
+    tokens = len(rows)
+    case, expected = f"T = {tokens}", block(rows[None])[0]
+    clients = {name: expertmesh.connect(mesh.address) for name, mesh in meshes.items()}
+
+    def side(name: str, *, counting: bool) -> Callable[[int], object]:
+        mesh, client = meshes[name], clients[name]
+
+        def run(_: int) -> None:
+            _switch(mesh, counting=counting)
+            for _ in range(REQUESTS.get(tokens, 1)):
+                client.forward(rows, 0)
+
+        return run
+
+    for client in clients.values():
+        report.gate(case, client.forward(rows, 0), expected, TOLERANCE)
+    seconds = interleave(
+        {
+            "off": side("frozen", counting=False),
+            "counted": side("frozen", counting=True),
+            "sampled": side("adaptive", counting=True),
+        },
+        rounds,
+    )
+    report.add(
+        case,
+        counted=_percent(ratios(seconds["counted"], seconds["off"])),
+        sampled=_percent(ratios(seconds["sampled"], seconds["off"])),
+        **{"off ms": round(1e3 * Spread.of(seconds["off"]).median / REQUESTS.get(tokens, 1), 3)},
+        rounds=rounds,
+    )
+    for client in clients.values():
+        client.close()
+
+
+@torch.no_grad()
+def main() -> None:
+    """Makes the layer, serves it twice, measures, and removes it."""
+    arguments = _arguments()
+    shape = QUICK if arguments.quick else LITE
+    report = Report(
+        theme="counts-quick" if arguments.quick else "counts",
+        title="What counting and sampling cost a DeepSeek-V2-Lite layer on the CPU",
+        command=f"python benchmarks/bench_counts.py --rounds {arguments.rounds}"
+        f"{' --quick' * arguments.quick}",
+        says=f"{shape}, bf16.\n{_SAYS}",
+        facts=facts(),
+    )
+    block = make_block(shape)
+    adaptive = BalanceConfig(mode="adaptive", update_rate=1e-12, divergence_ceiling=0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        save_block(block, Path(folder))
+        with (
+            local_mesh(folder) as frozen,
+            local_mesh(folder, balance=adaptive) as moving,
+        ):
+            for tokens in arguments.tokens:
+                rows = make_rows(shape, tokens, 0)
+                meshes = {"frozen": frozen, "adaptive": moving}
+                _measure(report, meshes, block, rows, arguments.rounds)
+            _switch(frozen, counting=True)
+    print(report.markdown())
+    if arguments.json:
+        report.write_json(arguments.json)
+    if arguments.hardware:
+        report.write(arguments.hardware)
+
+
+if __name__ == "__main__":
+    main()
