@@ -97,9 +97,9 @@ def measure(
     report: Report, case: Case, trace: Trace, known: dict[int, Simulated]
 ) -> tuple[Simulated, Simulated]:
     """Simulates one case, and adds its row: autoscaled, and the fixed size that is as good."""
-    most = ceil(1.5 * trace.tokens_per_s.max() / _SPEC.tokens_per_s)
+    most = ceil(2.5 * trace.tokens_per_s.max() / _SPEC.tokens_per_s)
     config = AutoscaleConfig(
-        max_replicas=3 * most, max_redundant=_REDUNDANT, target_utilization=case.target
+        max_replicas=2 * most, max_redundant=_REDUNDANT, target_utilization=case.target
     )
     first = ceil(trace.tokens_per_s[0] / _SPEC.tokens_per_s / case.target)
     least = ceil(trace.experts / _SPEC.slots)

@@ -20,7 +20,7 @@ EXAMPLES = """\
   expertmesh plan --window 30 --redundant 16   # from 30 s of its load, with 16 more slots a layer
   expertmesh plan --window 30 --apply          # move the experts, while requests go on
   expertmesh plan --trace day                  # a day in the simulator, autoscaled
-  expertmesh plan --trace day:exponent=1,hours=6 --servers 40 60 --json
+  expertmesh plan --trace day:exponent=0.6,hours=6 --servers 40 60 --json
   expertmesh plan --trace load.csv --static --set autoscale.target_utilization=0.6
 
 docs/placement.md says what traces look like, and what the simulator leaves out.

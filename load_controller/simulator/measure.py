@@ -77,7 +77,7 @@ class Meter:
             reporting=running,
         )
 
-    def report(self, trace: Trace, spec: FleetSpec) -> Report:
+    def report(self, trace: Trace, spec: FleetSpec, dispatched: float | None) -> Report:
         """After the last step."""
         columns, hours = self._steps, trace.duration_s / 3600
         step_h = trace.step_s / 3600
@@ -98,6 +98,7 @@ class Meter:
             maxvio_before=float(columns["maxvio"][0]),
             maxvio_after=mean_by(columns["maxvio"][planned], tokens[planned]),
             maxvio_last=self._worst_last,
+            maxvio_dispatched=dispatched,
             plans=self.plans,
             loads=self.loads,
             loaded_bytes=self.loads * spec.expert_bytes * spec.model_layers / trace.layers,

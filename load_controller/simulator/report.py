@@ -37,6 +37,7 @@ class Report:
     maxvio_before: float  # of servers, at the first step
     maxvio_after: float  # of servers, by tokens, once the first plan is in force; else 0
     maxvio_last: float  # of servers, of the layer that is least even, at the last step
+    maxvio_dispatched: float | None  # the same, mean over layers, of rows that a router dispatches
     plans: int  # that changed a placement
     loads: int  # slots loaded, of all planned layers
     loaded_bytes: float  # in the layers that these stand for
@@ -61,6 +62,7 @@ class Report:
                 "before": round(self.maxvio_before, 4),
                 "after": round(self.maxvio_after, 4),
                 "last_worst_layer": round(self.maxvio_last, 4),
+                "last_dispatched": _rounded(self.maxvio_dispatched),
             },
             "plans": self.plans,
             "slots_loaded": self.loads,
@@ -86,6 +88,7 @@ class Report:
                 "MaxVio of servers",
                 f"{self.maxvio_before:.3f} at first, {self.maxvio_after:.3f} once planned",
             ),
+            ("  as routers dispatch", _or_not_taken(self.maxvio_dispatched)),
             (
                 "plans",
                 f"{self.plans}, {self.loads} slots loaded, {self.loaded_bytes / 1e12:.2f} TB",
@@ -96,6 +99,14 @@ class Report:
             ("requests that met overload", f"{100 * self.overloaded:.2f} %"),
         ]
         return [f"{name:<27} {value}" for name, value in rows]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _or_not_taken(value: float | None) -> str:
+    return "not taken of so many servers" if value is None else f"{value:.3f} at the end"
 
 
 def _seconds(value: float) -> str:

@@ -27,6 +27,7 @@ from load_controller.simulator.fleet import Fleet, FleetSpec, name_of
 from load_controller.simulator.measure import Meter
 from load_controller.simulator.queues import Waiting, next_backlog, within
 from load_controller.simulator.report import Report
+from load_controller.simulator.rows import dispatched_maxvio
 from load_controller.simulator.trace import Floats, Trace
 
 
@@ -71,7 +72,7 @@ def simulate(trace: Trace, spec: FleetSpec, control: Control, seed: int = 0) -> 
     run = _Run(trace, spec, control, seed)
     for step in range(len(trace.tokens_per_s)):
         run.step(step)
-    return run.meter.report(trace, spec)
+    return run.report()
 
 
 class _Run:
@@ -126,6 +127,14 @@ class _Run:
         self._counts += self._rng.poisson(tokens * trace.step_s * trace.top_k * popularity)
         if (step + 1) % self._decide_steps == 0:
             self._control_at(now_s + trace.step_s)
+
+    def report(self) -> Report:
+        """After the last step."""
+        trace = self._trace
+        last = trace.popularity_at(trace.duration_s - trace.step_s)
+        holds = self._layout.placement.holds
+        dispatched = dispatched_maxvio(last, trace.top_k, holds, np.random.default_rng(0))
+        return self.meter.report(trace, self._spec, dispatched)
 
     def _divide(self, popularity: Floats, now_s: float) -> Floats:
         """[L, S]: the part of each layer's pairs that each server gets."""

@@ -47,6 +47,11 @@ class Trace:
             1 <= self.top_k <= self.experts,
             f"top_k is {self.top_k}, expected 1 to {self.experts}, the experts of a layer",
         )
+        _require(
+            frames.max() * self.top_k <= 1 + 1e-9,
+            f"an expert gets {frames.max():.1%} of a layer's assignments, but a token chooses it "
+            f"at most once among {self.top_k}: at most {1 / self.top_k:.1%} can be its",
+        )
 
     @property
     def layers(self) -> int:
@@ -83,6 +88,6 @@ def _counts(values: Floats) -> bool:
     return bool(np.isfinite(values).all() and (values >= 0).all())
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool | np.bool_, message: str) -> None:
     if not condition:
         raise ConfigError(f"trace: {message}")

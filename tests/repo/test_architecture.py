@@ -67,6 +67,7 @@ PURE = (
     "load_controller/simulator/measure.py",
     "load_controller/simulator/queues.py",
     "load_controller/simulator/report.py",
+    "load_controller/simulator/rows.py",
     "load_controller/simulator/simulate.py",
     "load_controller/simulator/static.py",
     "load_controller/simulator/trace.py",

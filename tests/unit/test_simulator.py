@@ -13,6 +13,7 @@ from load_controller.simulator import Control, FleetSpec, Trace, simulate, small
 from load_controller.simulator.fleet import Fleet
 from load_controller.simulator.generators import make_trace
 from load_controller.simulator.queues import Delays, Service, Waiting, next_backlog, within
+from load_controller.simulator.rows import draw_rows
 
 SPEC = FleetSpec(tokens_per_s=1000.0, slots=16, startup_s=30.0, drain_s=10.0, expert_bytes=1e6)
 
@@ -40,7 +41,7 @@ def test_waits_in_a_queue_are_those_of_theory(utilization: float) -> None:
         delays.add(1.0, within(waiting, 10.0, service, fanout=1))
 
     expected = np.log(utilization / 0.01) * service.service_s / (1 - utilization)
-    assert delays.quantile(0.99) == pytest.approx(expected, rel=0.12)
+    assert delays.quantile(0.99) == pytest.approx(expected, rel=0.03)
 
 
 def test_a_queue_offered_too_much_grows_by_what_does_not_fit_and_drains_by_what_does() -> None:
@@ -143,17 +144,30 @@ def test_paid_hours_are_those_of_the_timeline() -> None:
 
 def test_256_experts_and_32_redundant_on_32_servers_come_down_from_1_5_to_0_12() -> None:
     """TensorRT-LLM's published 1.56 -> 0.11 (blog 4, table 1: 32 ranks, 9 slots each)."""
-    trace = make_trace("steady:experts=256,layers=4,exponent=0.9,hours=0.2,seed=3,peak=1e5")
+    trace = make_trace("steady:experts=256,layers=2,exponent=0.7,hours=0.1,seed=3,peak=1e5")
 
     report = simulate(trace, FleetSpec(slots=9), Control(servers=32, redundant=32))
 
     assert report.maxvio_before >= 1.5
     assert report.maxvio_after <= 0.12
-    assert report.maxvio_last <= 0.12
+    assert report.maxvio_last <= 0.12  # of the layer that is least even
+    assert report.maxvio_dispatched is not None
+    assert report.maxvio_dispatched <= 0.12  # also for rows that a router sends where it can
+
+
+def test_rows_choose_different_experts_as_often_as_the_popularity_says() -> None:
+    share = np.array([0.4, 0.3, 0.2, 0.05, 0.05])
+
+    ids = draw_rows(share, 2, 20_000, np.random.default_rng(1))
+
+    assert (ids[:, 0] != ids[:, 1]).all()
+    assert np.bincount(ids.ravel()) / ids.size == pytest.approx(share, abs=0.005)
 
 
 def test_a_drift_is_followed_with_few_slots_loaded_at_a_time() -> None:
-    trace = make_trace("steady:experts=64,layers=2,hours=2,drift_s=7200,peak=1e5,step_s=20")
+    trace = make_trace(
+        "steady:experts=64,exponent=0.6,layers=2,hours=2,drift_s=7200,peak=1e5,step_s=20"
+    )
     control = Control(servers=8, redundant=16, plan_every_s=600)
 
     report = simulate(trace, FleetSpec(slots=10), control)
@@ -211,13 +225,14 @@ def test_a_delay_that_no_number_reaches_is_refused() -> None:
 
 def test_a_short_day_takes_37_5_percent_fewer_server_hours_than_a_fixed_number() -> None:
     """The shortened form of benchmarks/bench_autoscale.py (EaaS claims 37.5 %)."""
-    trace = make_trace("day:hours=8,bursts=8,experts=64,layers=1,peak=5e5,step_s=20")
+    trace = make_trace("day:hours=8,bursts=8,experts=64,exponent=0.6,layers=1,peak=5e5,step_s=20")
     spec = FleetSpec()
     scale = AutoscaleConfig(max_replicas=120, max_redundant=32)
     control = Control(servers=8, redundant=32, plan_every_s=7200)
 
     scaled = simulate(trace, spec, replace(control, autoscale=scale))
-    fixed = smallest_static(trace, spec, control, scaled.delay_p99_s, 60)
+    as_dear = int(scaled.server_hours / (1 - 0.375) / scaled.hours)
+    fixed = simulate(trace, spec, replace(control, servers=as_dear))
 
-    assert fixed.delay_p99_s <= scaled.delay_p99_s
-    assert scaled.server_hours <= (1 - 0.375) * fixed.server_hours
+    assert fixed.server_hours > 1.5 * scaled.server_hours
+    assert fixed.delay_p99_s > scaled.delay_p99_s  # so it takes more servers than these

@@ -84,6 +84,7 @@ def test_the_same_seed_gives_the_same_trace() -> None:
         ("day:hours=inf", "hours is inf: out of its range"),
         ("day:mean_share=0.1", "low_share is 0.2: out of its range"),
         ("day:top_k=300", "top_k is 300, expected 1 to 256"),
+        ("day:exponent=1", "an expert gets 16.3% of a layer's assignments, .* at most 12.5%"),
         ("day:experts=inf", "experts is 'inf', expected a whole number"),
     ],
 )
