@@ -41,6 +41,12 @@ class Tiles(NamedTuple):
 
 
 # By block_m. The first product computes two matrices at once: half the columns of each.
+_32_BIT = {
+    16: Tiles(Tile(16, 64, 64, 1, 4, 4), Tile(16, 128, 64, 1, 4, 4)),
+    32: Tiles(Tile(32, 64, 64, 16, 4, 3), Tile(32, 128, 64, 16, 4, 3)),
+    64: Tiles(Tile(64, 64, 32, 16, 4, 3), Tile(64, 128, 32, 16, 4, 3)),
+    128: Tiles(Tile(128, 64, 32, 16, 8, 3), Tile(128, 128, 32, 16, 8, 3)),
+}
 _16_BIT = {
     16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
     32: Tiles(Tile(32, 64, 128, 16, 4, 3), Tile(32, 128, 128, 16, 4, 3)),
@@ -64,7 +70,7 @@ _W8A8 = {
     128: Tiles(Tile(128, 128, 128, 16, 16, 3), Tile(128, 128, 128, 16, 8, 4)),
 }
 _RULE: dict[Precision, dict[int, Tiles]] = {
-    "fp32": _16_BIT,
+    "fp32": _32_BIT,
     "fp16": _16_BIT,
     "bf16": _16_BIT,
     "w8a16": _W8A16,
@@ -86,8 +92,8 @@ def rule_tiles(
         raise ValueError(f"block_m is {block_m}; expected one of {list(_RULE[precision])}")
     gate_up, down = _RULE[precision][block_m]
     return Tiles(
-        _fit(gate_up, intermediate_size, hidden_size, precision),
-        _fit(down, hidden_size, intermediate_size, precision),
+        _fit(gate_up, intermediate_size, hidden_size),
+        _fit(down, hidden_size, intermediate_size),
     )
 
 
@@ -120,10 +126,9 @@ def _narrow(tile: Tile, blocks: int, columns: int) -> Tile:
     return tile._replace(block_n=block_n)
 
 
-def _fit(tile: Tile, columns: int, summed: int, precision: Precision) -> Tile:
-    """No larger than the matrices, and as many bytes as the rule's tile."""
-    block_k = tile.block_k // 2 if precision == "fp32" else tile.block_k
+def _fit(tile: Tile, columns: int, summed: int) -> Tile:
+    """No larger than the matrices."""
     return tile._replace(
         block_n=min(tile.block_n, max(_MIN_SIDE, next_power_of_2(columns))),
-        block_k=min(block_k, max(_MIN_SIDE, next_power_of_2(summed))),
+        block_k=min(tile.block_k, max(_MIN_SIDE, next_power_of_2(summed))),
     )
