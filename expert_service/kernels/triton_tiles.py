@@ -20,6 +20,8 @@ _MIN_SIDE = 16
 _MULTIPROCESSORS = 132
 #: Columns below which a program's loads are too small to hide their latency.
 _NARROWEST = 32
+#: Of narrowed tiles: what shared memory has room for beside 128 rows.
+_MORE_STAGES = 2
 
 
 class Tile(NamedTuple):
@@ -119,11 +121,15 @@ def next_power_of_2(value: int) -> int:
 
 
 def _narrow(tile: Tile, blocks: int, columns: int) -> Tile:
-    """Fewer columns, until there are programs for more than half of the multiprocessors."""
+    """Fewer columns, until there are programs for more than half of the multiprocessors.
+
+    Each then loads further ahead: what is on its way from memory must not get less.
+    """
     block_n = tile.block_n
     while block_n > _NARROWEST and 2 * blocks * -(-columns // block_n) <= _MULTIPROCESSORS:
         block_n //= 2
-    return tile._replace(block_n=block_n)
+    num_stages = tile.num_stages + (_MORE_STAGES if block_n < tile.block_n else 0)
+    return tile._replace(block_n=block_n, num_stages=num_stages)
 
 
 def _fit(tile: Tile, columns: int, summed: int) -> Tile:
