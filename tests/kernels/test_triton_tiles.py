@@ -33,7 +33,6 @@ def test_blocks_hold_twice_the_mean_load(
     assignments: int, active_experts: int, block_m: int
 ) -> None:
     assert choose_block_m(assignments, active_experts, "bf16") == block_m
-    assert choose_block_m(assignments, active_experts, "w8a16") == min(block_m, 64)
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
@@ -52,7 +51,7 @@ def test_tiles_of_small_matrices_are_small() -> None:
     assert rule_tiles(128, 20, 5, "fp32").down[:3] == (128, 32, 16)
 
 
-@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 @pytest.mark.parametrize("precision", ["w8a16", "w8a8"])
 def test_tiles_of_fp8_weights_lie_within_one_block_of_scales(
     precision: Precision, block_m: int
@@ -85,6 +84,13 @@ def test_few_pairs_get_narrow_tiles_so_that_no_multiprocessor_idles(
     tiles = rule_tiles_for(num_pairs, sizes, "bf16")
 
     assert (tiles.gate_up.block_n, tiles.down.block_n) == (gate_up_columns, down_columns)
+
+
+def test_narrow_tiles_load_further_ahead() -> None:
+    wide, narrow = (rule_tiles_for(pairs, (8, 7168, 2048), "bf16") for pairs in (8, 1))
+
+    assert [tile.num_stages for tile in wide] == [4, 4]
+    assert [tile.num_stages for tile in narrow] == [6, 6]
 
 
 def test_w8a8_keeps_the_columns_that_share_a_scale_of_h() -> None:
