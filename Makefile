@@ -15,7 +15,7 @@ PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: test demo lint proto bench clean
+.PHONY: test demo lint proto bench check-sm90 clean
 
 test: lint .proto-venv/installed
 	@$(BIN)/python -m pytest
@@ -33,6 +33,10 @@ proto: .proto-venv/installed
 
 bench: .venv/installed
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit; done
+
+# Compiles the Triton kernels for an H100 or H200; needs no GPU.
+check-sm90: .venv/installed
+	@$(BIN)/python scripts/check_sm90.py --report benchmarks/results
 
 clean:
 	rm -rf .venv .proto-venv tests/foreign/node_modules build dist *.egg-info
