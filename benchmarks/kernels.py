@@ -30,6 +30,7 @@ from machine import facts, version
 from expert_service.kernels.triton_backend_tiles import TileChoice
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_matrices import ExpertMatrices
+from expert_service.kernels.triton_tables import read_tables
 from expertmesh import gating
 from expertmesh.model import GateSpec
 from router_service.kernels.gate_topk import gate_topk
@@ -84,6 +85,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sets", type=int, default=8, help="batches taken in turn")
     parser.add_argument("--budget-s", type=float, default=200, help="then no peer is compiled")
+    parser.add_argument("--tables", type=Path, help="folder of tiles that come before the shipped")
     parser.add_argument("--no-peers", action="store_true", help="only ours")
     parser.add_argument("--hardware", help="writes benchmarks/results, e.g. h200")
     parser.add_argument("--json", type=Path, help="writes every time of every side there")
@@ -263,7 +265,8 @@ def _add_times(
 def _run(bench: Bench) -> None:
     arguments = bench.arguments
     chip = "" if bench.rehearsing else torch.cuda.get_device_name()
-    choice = TileChoice(chip)
+    tuned = read_tables(arguments.tables) if arguments.tables else ()
+    choice = TileChoice(chip, (*tuned, *read_tables()))
     shards = TINY_SHARDS if bench.rehearsing else SHARDS
     tokens = arguments.tokens or (TINY_TOKENS if bench.rehearsing else TOKENS)
     wanted = arguments.shards or [""]

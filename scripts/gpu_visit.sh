@@ -2,7 +2,8 @@
 # One visit to a machine with a GPU, within 9 minutes: facts, tests, kernel times, expert servers.
 #
 #   scripts/gpu_visit.sh                 # results in $OUT, or in benchmarks/results/visit
-#   scripts/gpu_visit.sh --tune          # tunes tiles, too; fewer tests, and no peers
+#   scripts/gpu_visit.sh --tune[=PART]   # tunes tiles (of tables whose name has PART), and then
+#                                        # measures with them; fewer tests, and no peers
 #   scripts/gpu_visit.sh --rehearse      # all of it on a CPU under Triton's interpreter, tiny
 #   scripts/gpu_visit.sh --rehearse --quick
 #
@@ -12,13 +13,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
-tune='' rehearse='' quick=''
+tune= rehearse= quick=
 for argument in "$@"; do
     case $argument in
-        --tune) tune=1 ;;
+        --tune) tune=_ ;;
+        --tune=*) tune=${argument#--tune=} ;;
         --rehearse) rehearse=--rehearse ;;
         --quick) quick=--quick ;;
-        *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
 if [ -n "$quick" ] && [ -z "$rehearse" ]; then
@@ -62,7 +64,7 @@ step facts 40 "$python" scripts/gpu_visit_report.py facts "$out/facts.json"
 # Warnings of other versions of packages are no failures of ours. Compiling takes most of the time:
 # many processes, where pytest-xdist is there.
 pytest=("$python" -m pytest -q -p no:cacheprovider -W default)
-if "$python" -c 'import xdist' 2>/dev/null; then
+if "$python" -c 'import xdist' >/dev/null 2>&1; then
     pytest+=(-n 8)
 fi
 kernel_tests=(tests/kernels/test_triton_*.py)
@@ -76,12 +78,10 @@ else
     step tests 170 "${pytest[@]}" "${kernel_tests[@]}"
 fi
 
-if [ -n "$tune" ]; then
-    if [ -n "$rehearse" ]; then
-        step tune 120 "$python" benchmarks/tune_kernels.py --rehearse --out "$out/tiles"
-    else
-        step tune 240 "$python" benchmarks/tune_kernels.py --budget-s 220 --out "$out/tiles"
-    fi
+if [ -n "$tune" ] && [ -z "$rehearse" ]; then # tuning times kernels: nothing to rehearse
+    mkdir -p "$out/tiles"
+    step tune 240 "$python" benchmarks/tune_kernels.py --only "${tune#_}" --minutes 3.5 \
+        --out "$out/tiles"
 fi
 
 if [ -n "$quick" ]; then
@@ -90,12 +90,13 @@ if [ -n "$quick" ]; then
 elif [ -n "$rehearse" ]; then
     step kernels 200 "$python" benchmarks/kernels.py --rehearse --json "$out/kernels.json"
 elif [ -n "$tune" ]; then
-    step kernels 70 "$python" benchmarks/kernels.py --no-peers --json "$out/kernels.json"
+    step kernels 60 "$python" benchmarks/kernels.py --no-peers --tables "$out/tiles" \
+        --json "$out/kernels.json"
 else
     step kernels 200 "$python" benchmarks/kernels.py --budget-s 120 --json "$out/kernels.json"
 fi
 
-step servers 110 "$python" scripts/expert_server_end_to_end.py --json "$out/servers.json" \
+step servers 80 "$python" scripts/expert_server_end_to_end.py --json "$out/servers.json" \
     $rehearse $quick
 
 "$python" scripts/gpu_visit_report.py table "$out"
