@@ -5,7 +5,7 @@ graphs. On the CPU, under Triton's interpreter, each of them is the plain thing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
 from typing import Protocol
 
@@ -156,6 +156,9 @@ class CudaDevice:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it may be broken: what broke it says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
