@@ -1,0 +1,202 @@
+"""What the tuner decides, and that it times nothing which is wrong; no GPU is needed to test it."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks.tuning import block_sizes, descend, may_run, neighbours, search
+from benchmarks.tuning_case import Case, make_matrices
+from expert_service.kernels.triton_tables import TileTable, read_tables, write_table
+from expert_service.kernels.triton_tiles import Precision, Tile, rule_tiles, rule_tiles_for
+from tests.kernels.triton_cases import DEVICE
+
+SIZES = (8, 7168, 2048)
+START = Tile(16, 64, 128, 1, 4, 4)
+
+
+def _shard(precision: Precision) -> TileTable:
+    """A small shard, of a device that nobody has."""
+    tiles = rule_tiles(16, 40, 24, precision)
+    return TileTable(
+        experts=4,
+        hidden_size=40,
+        intermediate_size=24,
+        top_k=2,
+        precision=precision,
+        device="TEST",
+        triton="0.0",
+        source="tuned by a test",
+        entries=((1, tiles),),
+    )
+
+
+@pytest.fixture
+def tune_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module("tune_kernels")
+
+
+def test_a_search_ends_at_the_fastest_tile_that_single_steps_reach() -> None:
+    best = Tile(16, 32, 64, 4, 8, 3)
+
+    def time_of(_product: str, tile: Tile) -> float:
+        return 1.0 + sum(abs(math.log2(a / b)) for a, b in zip(tile, best, strict=True))
+
+    assert descend(START, "down", "bf16", time_of) == (best, 1.0)
+
+
+def test_a_tile_is_timed_once() -> None:
+    timed: list[Tile] = []
+
+    def time_of(_product: str, tile: Tile) -> float:
+        timed.append(tile)
+        return 1.0
+
+    assert descend(START, "down", "bf16", time_of) == (START, 1.0)
+    assert len(timed) == len(set(timed)) == 9  # itself, and what is next to it on five sides
+
+
+def test_a_tile_that_does_not_run_is_left_for_one_that_does() -> None:
+    def time_of(_product: str, tile: Tile) -> float:
+        return math.inf if tile.num_stages > 3 else 5.0
+
+    tile, time_us = descend(START, "down", "bf16", time_of)
+
+    assert (tile.num_stages, time_us) == (3, 5.0)
+
+
+def test_the_neighbours_of_an_end_are_one() -> None:
+    assert [tile.block_n for tile in neighbours(START, "block_n")] == [32, 128]
+    assert [tile.num_warps for tile in neighbours(START, "num_warps")] == [8]
+    assert [tile.group_m for tile in neighbours(START, "group_m")] == [4]
+
+
+@pytest.mark.parametrize(
+    ("tile", "product", "precision", "allowed"),
+    [
+        (Tile(128, 256, 64, 16, 8, 4), "down", "bf16", True),
+        (Tile(128, 256, 64, 16, 8, 5), "down", "bf16", False),  # 240 KiB
+        (Tile(128, 256, 64, 16, 4, 3), "down", "bf16", False),  # 256 sums a thread
+        (Tile(128, 128, 64, 16, 8, 4), "gate_up", "bf16", True),
+        (Tile(128, 256, 64, 16, 8, 2), "gate_up", "bf16", False),
+        (Tile(16, 128, 128, 1, 4, 4), "down", "w8a16", True),
+        (Tile(16, 256, 128, 1, 4, 4), "down", "w8a16", False),  # two scales across
+        (Tile(16, 128, 256, 1, 4, 2), "down", "w8a16", False),  # two scales down
+        (Tile(64, 128, 128, 16, 4, 4), "gate_up", "w8a8", False),  # 192 with one block's
+        (Tile(64, 128, 128, 16, 8, 4), "gate_up", "w8a8", True),
+        (Tile(64, 64, 128, 16, 8, 4), "gate_up", "w8a8", False),  # half of what shares a scale
+    ],
+    ids=str,
+)
+def test_what_cannot_run_well_is_not_tried(
+    tile: Tile, product: str, precision: Precision, allowed: bool
+) -> None:
+    assert may_run(tile, product, precision) == allowed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "w8a16", "w8a8"])
+def test_a_search_starts_where_tiles_may_run(precision: Precision) -> None:
+    for block_m in block_sizes(512, 8, precision):
+        tiles = rule_tiles(block_m, *SIZES[1:], precision)
+        assert may_run(tiles.gate_up, "gate_up", precision)
+        assert may_run(tiles.down, "down", precision)
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "precision", "sizes"),
+    [
+        (8, "bf16", [16, 32]),
+        (128, "bf16", [16, 32, 64]),
+        (65536, "bf16", [64, 128]),
+        (65536, "w8a16", [32, 64]),
+    ],
+)
+def test_blocks_next_to_the_rules_are_tried(
+    num_pairs: int, precision: Precision, sizes: list[int]
+) -> None:
+    assert block_sizes(num_pairs, 8, precision) == sizes
+
+
+def test_both_products_share_the_block_that_is_best_for_their_sum() -> None:
+    """32 rows are best for the first product, 64 for the second, by more."""
+    times = {"gate_up": {16: 9.0, 32: 1.0, 64: 2.0}, "down": {16: 9.0, 32: 8.0, 64: 3.0}}
+
+    found = search(128, SIZES, "bf16", lambda product, tile: times[product][tile.block_m])
+
+    assert (found.tiles.gate_up.block_m, found.tiles.down.block_m) == (64, 64)
+    assert (found.gate_up_us, found.down_us) == (2.0, 3.0)
+
+
+def test_a_search_in_which_nothing_runs_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no tile runs for 8 pairs"):
+        search(8, SIZES, "bf16", lambda _product, _tile: math.inf)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "w8a8"])
+def test_a_table_is_tuned_with_what_is_right(
+    precision: Precision, tune_kernels: ModuleType
+) -> None:
+    """Real kernels, and a clock by which the first tile of all is the fastest."""
+    table, dtype = _shard(precision), torch.float32
+    matrices = make_matrices(table, DEVICE, dtype)
+    outputs: list[int] = []
+
+    def time_us(runs: Sequence[Callable[[], torch.Tensor]]) -> float:
+        outputs.append(runs[0]().shape[1])
+        return float(len(outputs))
+
+    tuned = tune_kernels.tune(table, matrices, dtype, time_us, tokens=(3,))
+
+    assert tuned is not None
+    assert [count for count, _ in tuned.entries] == [3]
+    assert set(outputs) == {24, 40}
+    assert tuned.entries[0][1] == rule_tiles_for(6, (4, 40, 24), precision)
+
+
+@pytest.mark.parametrize("product", ["gate_up", "down"])
+def test_a_wrong_result_is_noticed(product: str) -> None:
+    table = _shard("fp32")
+    matrices = make_matrices(table, DEVICE, torch.float32)
+    case, tile = Case(matrices, table, 9, torch.float32), Tile(16, 16, 32, 1, 4, 2)
+    right = case.is_right(product, tile)
+
+    for matrix in (matrices.up_LIH, matrices.down_LHI):
+        matrix[2].mul_(1.2)
+
+    assert (right, case.is_right(product, tile)) == (True, False)
+
+
+def test_a_table_whose_time_is_over_is_none(tune_kernels: ModuleType) -> None:
+    table = _shard("fp32")
+    matrices = make_matrices(table, DEVICE, torch.float32)
+
+    assert tune_kernels.tune(table, matrices, torch.float32, len, has_time=lambda: False) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tunes for minutes where there is a GPU")
+def test_without_a_gpu_nothing_is_tuned(
+    tune_kernels: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", "--out", str(tmp_path)])
+
+    assert tune_kernels.main() == 2
+    assert "there is no CUDA device here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_tuned_can_be_read_back(tmp_path: Path) -> None:
+    table = _shard("bf16")
+    write_table(table, tmp_path)
+
+    assert read_tables(tmp_path) == (table,)
