@@ -149,14 +149,13 @@ class TritonBackend:
                 stack.local_slots_E,
                 tiles=self._choose_tiles(layer, stack, rows),
                 w8a8=self._is_w8a8(stack),
+                out_dtype=torch.float32 if len(layer.stacks) > 1 else None,
             )
             for stack in layer.stacks.values()
         ]
         total_RH = sums[0]
-        if len(sums) > 1:
-            total_RH = sums[0].float()
-            for each_RH in sums[1:]:
-                total_RH += each_RH
+        for each_RH in sums[1:]:
+            total_RH += each_RH
         out_RH.copy_(total_RH)
 
     def _choose_tiles(self, layer: _Layer, stack: Stack, rows: int) -> Tiles:

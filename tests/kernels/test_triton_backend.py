@@ -35,6 +35,8 @@ from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 HIDDEN, WIDTH, SHARED_WIDTH, DENSE_WIDTH = 48, 20, 36, 24
@@ -89,6 +91,12 @@ def _backend(
     return backend
 
 
+@cache
+def _kept() -> tuple[TritonBackend, ReferenceBackend]:
+    """In float32, for tests that change nothing."""
+    return _loaded()
+
+
 def _loaded(dtype: torch.dtype = torch.float32) -> tuple[TritonBackend, ReferenceBackend]:
     """Both backends with every slot, in an order that mixes layers and widths."""
     backend, reference = _backend(dtype, dict.fromkeys(SLOTS, False)), ReferenceBackend()
@@ -106,7 +114,7 @@ def pair(request: pytest.FixtureRequest) -> tuple[TritonBackend, ReferenceBacken
 
 @pytest.fixture(scope="module")
 def float32_pair() -> tuple[TritonBackend, ReferenceBackend]:
-    return _loaded()
+    return _kept()
 
 
 def _hidden(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -123,7 +131,7 @@ def _routing(
     return ids.to(torch.int32).contiguous(), torch.rand(rows, k, generator=generator)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 16, 63, 100])
+@pytest.mark.parametrize("rows", [1, 3, 63, 100])
 def test_a_layer_with_a_wider_shared_expert_equals_the_reference(
     rows: int, pair: tuple[TritonBackend, ReferenceBackend, torch.dtype]
 ) -> None:
@@ -235,19 +243,14 @@ def test_a_row_that_is_not_finite_stays_alone(
     assert_close(out[others], clean[others], torch.float32)
 
 
-@settings(max_examples=15, deadline=None)
-@given(rows=st.integers(1, 40), k=st.integers(1, 6), seed=st.integers(0, 9), shared=st.booleans())
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 20), k=st.integers(1, 6), seed=st.integers(0, 9), shared=st.booleans())
 def test_any_routing_equals_the_reference(rows: int, k: int, seed: int, shared: bool) -> None:
-    backend, reference = _cached_pair()
+    backend, reference = _kept()
     ids, weights = _routing(rows, k, EXPERTS + shared, seed)
     call = (LAYER, _hidden(rows), ids, weights)
 
     assert_close(backend.compute(*call), reference.compute(*call), torch.float32)
-
-
-@cache
-def _cached_pair() -> tuple[TritonBackend, ReferenceBackend]:
-    return _loaded()
 
 
 def test_slots_come_and_go_and_come_back() -> None:
