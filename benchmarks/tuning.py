@@ -42,7 +42,7 @@ _SIDES: dict[str, tuple[int, ...]] = {
     "block_n": (16, 32, 64, 128, 256),
     "block_k": (32, 64, 128, 256),
     "num_stages": (2, 3, 4, 5, 6),
-    "num_warps": (4, 8),
+    "num_warps": (4, 8, 16),
     "group_m": (1, 4, 16, 32),
 }
 

@@ -323,6 +323,7 @@ def _report(folder: Path, rows: list[tuple[Launch, Outcome, list[str]]]) -> None
             "precision": launch.precision,
             "H x I": launch.sizes,
             "block": launch.tile,
+            "group": dict(launch.constants).get("GROUP_M", ""),
             "warps": launch.num_warps,
             "stages": launch.num_stages,
             "registers": outcome.registers,

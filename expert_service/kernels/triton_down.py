@@ -16,7 +16,7 @@ import triton.language as tl
 
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows
+from expert_service.kernels.triton_quantize import Rows, widened
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 
@@ -89,7 +89,7 @@ def _down_kernel(
             if h_scale_ptr is not None:
                 h_scales = h_scale_ptr + position * ROW_SCALES + k // SCALE_BLOCK
                 scale = tl.load(h_scales, mask=valid, other=0.0)[:, None] * scale
-            y += tl.dot(h, down_w.to(h.dtype), input_precision="ieee") * scale
+            y += tl.dot(h, widened(down_w, h), input_precision="ieee") * scale
 
     y = y * weight[:, None]
     y_ptrs = y_ptr + position[:, None] * H + offs_n[None, :]

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3
+from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3, widened
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 
@@ -101,8 +101,8 @@ def _gate_up_kernel(
                 x_scale = tl.load(x_scales, mask=valid, other=0.0)[:, None]
                 gate_scale = x_scale * gate_scale
                 up_scale = x_scale * up_scale
-            gate += tl.dot(x, gate_w.to(x.dtype), input_precision="ieee") * gate_scale
-            up += tl.dot(x, up_w.to(x.dtype), input_precision="ieee") * up_scale
+            gate += tl.dot(x, widened(gate_w, x), input_precision="ieee") * gate_scale
+            up += tl.dot(x, widened(up_w, x), input_precision="ieee") * up_scale
 
     h = gate * tl.sigmoid(gate) * up
     position = position.to(tl.int64)

@@ -47,17 +47,21 @@ _16_BIT = {
     64: Tiles(Tile(64, 64, 64, 16, 4, 3), Tile(64, 128, 64, 16, 4, 3)),
     128: Tiles(Tile(128, 128, 64, 16, 8, 4), Tile(128, 256, 64, 16, 8, 4)),
 }
-# Sums are scaled every 128 elements, for which registers are too few at 128 rows.
+# At most one block of scales each way. 128 rows where there are enough: fewer programs widen the
+# same weights ...
 _W8A16 = {
     16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
     32: Tiles(Tile(32, 64, 128, 16, 4, 4), Tile(32, 128, 128, 16, 4, 4)),
     64: Tiles(Tile(64, 64, 128, 16, 4, 3), Tile(64, 128, 128, 16, 4, 3)),
+    128: Tiles(Tile(128, 64, 128, 16, 8, 3), Tile(128, 128, 128, 16, 8, 3)),
 }
-# 128 columns of h share a scale, so one program computes them.
+# ... or load them: FP8 products of few rows outrun the L2. 128 columns of h share a scale, so one
+# program computes them.
 _W8A8 = {
     16: Tiles(Tile(16, 128, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
-    32: Tiles(Tile(32, 128, 128, 16, 4, 4), Tile(32, 128, 128, 16, 4, 4)),
+    32: Tiles(Tile(32, 128, 128, 16, 8, 4), Tile(32, 128, 128, 16, 4, 4)),
     64: Tiles(Tile(64, 128, 128, 16, 8, 4), Tile(64, 128, 128, 16, 4, 4)),
+    128: Tiles(Tile(128, 128, 128, 16, 16, 3), Tile(128, 128, 128, 16, 8, 4)),
 }
 _RULE: dict[Precision, dict[int, Tiles]] = {
     "fp32": _16_BIT,

@@ -65,7 +65,7 @@ def test_any_size_of_expert_works(hidden: int, width: int, w8a8: bool) -> None:
 
 
 @W8A8
-@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
 def test_every_tile_gives_the_same_result(block_m: int, w8a8: bool) -> None:
     experts = experts_of(FP8, hidden=150, width=140, slots=3)
     call = (rows_of(20, torch.float32, 150), *routing_of(20, 2, experts=3))

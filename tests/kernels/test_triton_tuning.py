@@ -116,7 +116,7 @@ def test_a_search_starts_where_tiles_may_run(precision: Precision) -> None:
         (8, "bf16", [16, 32]),
         (128, "bf16", [16, 32, 64]),
         (65536, "bf16", [64, 128]),
-        (65536, "w8a16", [32, 64]),
+        (65536, "w8a16", [64, 128]),
     ],
 )
 def test_blocks_next_to_the_rules_are_tried(
