@@ -109,6 +109,7 @@ def launch(
     the servers spread over the nodes of that cluster, each of which must see the checkpoint under
     the same path. `port` 0 takes any free one; with several `routers` they get consecutive ports.
     `weights` says what becomes of an FP8 checkpoint's: see `expert_service.kernels.WEIGHTS`.
+    With `device` "auto" GPUs are asked for where `backend` is "triton", and else none.
     `progress` is called with the router's view while servers load. Raises ConfigError and
     CheckpointError; nothing is left behind then.
     """
@@ -126,6 +127,8 @@ def launch(
         raise ConfigError(f"device is {device!r}, expected auto, cpu or cuda")
     if weights not in WEIGHTS:
         raise ConfigError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
+    if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
+        device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)
     with Checkpoint.open(path) as opened:
         spec, run_dtype = opened.spec, parse_dtype(dtype, opened)

@@ -28,8 +28,11 @@ def _visit(out: Path, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
-def test_a_rehearsal_goes_through_every_step(tmp_path: Path) -> None:
-    done = _visit(tmp_path, "--rehearse", "--quick")
+def test_a_rehearsal_goes_through_every_step_without_ray(tmp_path: Path) -> None:
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent/ray.py").write_text("raise ImportError('there is no Ray here')")
+
+    done = _visit(tmp_path, "--rehearse", "--quick", PYTHONPATH=str(tmp_path / "absent"))
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[-4:]] == [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from benchmarks.gpu_timing import fastest
+from benchmarks.gpu_timing import Sides, fastest
 from benchmarks.kernel_cases import SHARDS, TOKENS, floor_us, required_us
 
 DEEPSEEK, QWEN, LITE, MIXTRAL = SHARDS
@@ -66,3 +68,21 @@ def test_a_side_that_could_not_be_captured_has_its_eager_time() -> None:
 
     assert fastest(times, "a") == 4.0
     assert fastest(times, "a compiled") == 1.0
+
+
+def test_sides_take_turns_and_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def timed(run: Callable[[], None]) -> float:
+        run()
+        return 12.0 * len(calls)
+
+    monkeypatch.setattr("benchmarks.gpu_timing._event_us", timed)
+    sides = Sides(rounds=2)
+    for name, count in (("a", 1), ("b", 2)):
+        sides.add_eager(name, [lambda name=name: calls.append(name)] * count)  # type: ignore[misc]
+
+    medians = sides.medians_us()
+
+    assert calls == ["a", "b", "b"] * 3  # the first round warms up
+    assert medians == {"a": 12.0 * (4 + 7) / 2, "b": 12.0 * (6 + 9) / 2 / 2}
