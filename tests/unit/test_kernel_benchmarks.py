@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.gpu_timing import Sides, fastest
-from benchmarks.kernel_cases import SHARDS, TOKENS, floor_us, required_us
+from benchmarks.kernel_cases import SHARDS, TOKENS, Chip, floor_us, required_us
 
 DEEPSEEK, QWEN, LITE, MIXTRAL = SHARDS
 
@@ -57,6 +57,16 @@ def test_what_must_be_reached(shard: object, tokens: int, weights: str, must: fl
     found = required_us(shard, tokens, weights, floor, 690.0)  # type: ignore[arg-type]
 
     assert found == (None if must is None else pytest.approx(must, rel=0.001))
+
+
+def test_another_chip_has_floors_of_its_own_and_nothing_to_reach_in_bf16() -> None:
+    chip = Chip(bytes_per_s=3.0e12, flops_per_s=800e12)
+
+    floor = floor_us(DEEPSEEK, 16, 8, "bf16", chip)
+
+    assert floor == (pytest.approx(235, rel=0.01), "memory")
+    assert required_us(DEEPSEEK, 16, "bf16", floor, 300.0, chip) is None
+    assert required_us(DEEPSEEK, 16, "w8a16", (118.0, "memory"), 300.0, chip) == 180.0
 
 
 def test_every_shard_has_a_requirement_for_every_number_of_tokens() -> None:
