@@ -20,6 +20,11 @@ def is_interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory ran out: torch's allocator, or CUDA beneath it, says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+
+
 class Lane(Enum):
     """What may go on at the same time."""
 

@@ -352,6 +352,25 @@ def test_a_slot_that_does_not_fit_later_leaves_the_others_served() -> None:
     assert torch.equal(backend.compute(LAYER, _hidden(1), ids, torch.ones(1, 1)), before)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("tried to allocate"), RuntimeError("CUDA error: out of memory")],
+    ids=["torch", "cuda"],
+)
+def test_memory_that_runs_out_while_warming_up_is_told_with_the_arithmetic(
+    error: RuntimeError,
+) -> None:
+    class Full(SmallDevice):
+        def host_bytes(self, num_bytes: int) -> torch.Tensor:
+            raise error
+
+    backend = TritonBackend(SPEC, torch.float32, Full(1 << 40), {Slot(LAYER, 0): False})
+    backend.load(Slot(LAYER, 0), _weights(Slot(LAYER, 0)))
+
+    with pytest.raises(ConfigError, match=r"^1 experts x 11\.25 KiB of float32 .* on this GPU"):
+        backend.finish_loading()
+
+
 def test_buckets_hold_what_is_asked_and_little_more() -> None:
     for rows in range(1, BUCKETS[-1] + 1):
         bucket = bucket_rows(rows)
@@ -556,3 +575,24 @@ def test_several_backends_share_a_gpu() -> None:
 
     for backend, reference in pairs:
         assert_close(backend.compute(*call), reference.compute(*call), torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_shard_larger_than_the_gpu_is_refused_before_anything_is_allocated() -> None:
+    layer = LayerSpec(
+        index=0,
+        num_experts=512,
+        intermediate_size=1 << 16,
+        shared_intermediate_size=0,
+        gate=GateSpec(score="softmax", top_k=2),
+    )
+    spec = ModelSpec(model_type="test", hidden_size=1 << 14, dtype=torch.bfloat16, layers=(layer,))
+    planned = dict.fromkeys(layer.slots(), False)
+    backend = create_backend("triton", "cuda", torch.bfloat16, spec, 1, planned=planned)
+    before = torch.cuda.memory_allocated()
+    nothing = ExpertWeights(*(torch.empty(0, dtype=torch.bfloat16) for _ in range(3)))
+
+    with pytest.raises(ConfigError, match=r"^512 experts x 6\.00 GiB of bfloat16 .* but cuda has"):
+        backend.load(Slot(0, 0), nothing)
+
+    assert torch.cuda.memory_allocated() == before
