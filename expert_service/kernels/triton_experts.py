@@ -13,7 +13,7 @@ from expert_service.kernels.triton_gate_up import gate_up
 from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_quantize import Rows, quantize
 from expert_service.kernels.triton_reduce import reduce
-from expert_service.kernels.triton_route import route
+from expert_service.kernels.triton_route import route, route_later
 from expert_service.kernels.triton_tiles import Tiles, rule_tiles, rule_tiles_for
 
 
@@ -42,7 +42,9 @@ def grouped_swiglu_experts(
         else:
             tiles = rule_tiles(block_m, hidden_size, size, precision)
 
-    routed = route(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
+    # Experts of one row differ: nothing is gained by sorting its pairs.
+    sort = route_later if len(hidden_RH) == 1 else route
+    routed = sort(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
     x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)
     h = gate_up(x, matrices, routed, tiles.gate_up)
     y_AH = down(h, matrices, weights_RK, routed, tiles.down, hidden_RH.dtype)

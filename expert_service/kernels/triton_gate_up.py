@@ -11,13 +11,14 @@ its scale in float32. FP8 rows (see `triton_quantize`) give FP8 rows.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # Arguments of a kernel have no type that mypy knows.
 
+import torch
 import triton
 import triton.language as tl
 
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
 from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3, widened
-from expert_service.kernels.triton_route import Route
+from expert_service.kernels.triton_route import Route, load_slots
 from expert_service.kernels.triton_tiles import Tile
 
 
@@ -36,6 +37,11 @@ def _gate_up_kernel(
     block_slots_ptr,
     block_rows_ptr,
     num_blocks,
+    positions_ptr,  # None where pairs are sorted
+    ids_ptr,
+    map_ptr,  # None where ids are slots
+    num_experts,
+    num_slots,
     stride_xr,
     stride_gl,
     stride_gi,
@@ -58,14 +64,29 @@ def _gate_up_kernel(
     block = group * GROUP_M + inside % group_rows
     column = inside // group_rows
 
-    rows = tl.load(block_rows_ptr + block)
+    if positions_ptr is None:
+        rows = tl.load(block_rows_ptr + block)
+        slot = tl.load(block_slots_ptr + block)
+    else:
+        slot = load_slots(
+            ids_ptr, map_ptr, block, num_blocks, num_experts, num_slots, map_ptr is not None
+        )
+        rows = (slot < num_slots).to(tl.int32)
+        if column == 0:
+            tl.store(block_slots_ptr + block, tl.where(rows == 1, slot, -1))
+            tl.store(block_rows_ptr + block, rows)
+            tl.store(pairs_ptr + block * BLOCK_M, block)
+            tl.store(positions_ptr + block, tl.where(rows == 1, block * BLOCK_M, -1))
     if rows == 0:
         return
-    slot = tl.load(block_slots_ptr + block).to(tl.int64)
+    slot = slot.to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     valid = offs_m < rows
     position = block * BLOCK_M + offs_m
-    row = tl.where(valid, tl.load(pairs_ptr + position), 0).to(tl.int64) // K
+    if positions_ptr is None:
+        row = tl.where(valid, tl.load(pairs_ptr + position), 0).to(tl.int64) // K
+    else:
+        row = (tl.zeros([BLOCK_M], tl.int64) + block) // K
 
     offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_n = tl.minimum(offs_n, I - 1)  # columns past the end are computed, and not stored
@@ -120,8 +141,8 @@ def _gate_up_kernel(
 def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Rows:
     """h [A, I] in the dtype of `x`, with scales if it has; undefined at positions of padding.
 
-    The last dimension of each input must be contiguous. FP8 rows need a tile of 128 columns, since
-    128 columns of h share a scale.
+    The last dimension of each input must be contiguous. A route of `route_later` is filled in. FP8
+    rows need a tile of 128 columns, since 128 columns of h share a scale.
     """
     _check(x, matrices, routed, tile)
     _, H, size = matrices.sizes
@@ -144,6 +165,7 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
             routed.block_slots,
             routed.block_rows,
             num_blocks,
+            *_unsorted(routed),
             x.values_NC.stride(0),
             *matrices.gate_LIH.stride()[:2],
             *matrices.up_LIH.stride()[:2],
@@ -159,6 +181,15 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
             num_stages=tile.num_stages,
         )
     return Rows(h_AI, h_scale_AB)
+
+
+def _unsorted(routed: Route) -> tuple[torch.Tensor | int | None, ...]:
+    """What the kernel needs to fill a route in, None for each where it is there."""
+    if routed.later is None:
+        return (None,) * 5
+    ids_RK, local_slots_E = routed.later
+    num_experts = 0 if local_slots_E is None else len(local_slots_E)
+    return routed.positions, ids_RK, local_slots_E, num_experts, routed.num_slots
 
 
 def _check(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> None:

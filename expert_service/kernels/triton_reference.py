@@ -49,6 +49,29 @@ def route(
     )
 
 
+def route_later(
+    expert_ids_RK: torch.Tensor,
+    num_slots: int,
+    block_m: int,
+    local_slots_E: torch.Tensor | None = None,
+) -> Route:
+    """See `triton_route.route_later`, and what gate_up makes of it."""
+    slots = [_slot(expert, local_slots_E) for expert in expert_ids_RK.flatten().tolist()]
+    slots = [slot if 0 <= slot < num_slots else -1 for slot in slots]
+    pairs = torch.full((len(slots), block_m), -1, dtype=torch.int32)
+    pairs[:, 0] = torch.arange(len(slots))
+    positions = [pair * block_m if slot >= 0 else -1 for pair, slot in enumerate(slots)]
+    return Route(
+        pairs.flatten(),
+        torch.tensor(slots, dtype=torch.int32),
+        torch.tensor([int(slot >= 0) for slot in slots], dtype=torch.int32),
+        torch.tensor([-1], dtype=torch.int32),
+        torch.tensor(positions, dtype=torch.int32).view(expert_ids_RK.shape),
+        block_m,
+        num_slots,
+    )
+
+
 def _slot(expert: int, local_slots_E: torch.Tensor | None) -> int:
     if local_slots_E is None:
         return expert

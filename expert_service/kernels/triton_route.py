@@ -32,6 +32,13 @@ _MIN_TENSOR = 32
 _VARYING = ("num_pairs", "num_chunks", "max_blocks")
 
 
+class Unsorted(NamedTuple):
+    """What a route is made of."""
+
+    expert_ids_RK: torch.Tensor
+    local_slots_E: torch.Tensor | None
+
+
 class Route(NamedTuple):
     """Where each pair is among the sorted ones."""
 
@@ -42,6 +49,7 @@ class Route(NamedTuple):
     positions: torch.Tensor  # int32 [R, K]: the sorted position of each pair, -1 if not held
     block_m: int
     num_slots: int
+    later: Unsorted | None = None  # of `route_later`: gate_up fills in all but `num_blocks`
 
 
 def max_blocks(num_pairs: int, num_slots: int, block_m: int) -> int:
@@ -51,7 +59,7 @@ def max_blocks(num_pairs: int, num_slots: int, block_m: int) -> int:
 
 
 @triton.jit
-def _load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP: tl.constexpr):
+def load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP: tl.constexpr):
     """The slot of each pair; `num_slots` where it is not held, or there is no such pair."""
     slot = tl.load(ids_ptr + pair, mask=pair < num_pairs, other=-1)
     if HAS_MAP:
@@ -78,11 +86,11 @@ def _small_kernel(
     PAIRS: tl.constexpr,
 ):
     pair = tl.arange(0, PAIRS)
-    slot = _load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP)
+    slot = load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP)
     held = slot < num_slots
     # Read once more, along the other axis of the comparisons: cheaper than turning a layout.
     other = tl.arange(0, PAIRS)
-    other_slot = _load_slots(ids_ptr, map_ptr, other, num_pairs, num_experts, num_slots, HAS_MAP)
+    other_slot = load_slots(ids_ptr, map_ptr, other, num_pairs, num_experts, num_slots, HAS_MAP)
 
     same = slot[:, None] == other_slot[None, :]  # [PAIRS, PAIRS]
     count = tl.sum(same.to(tl.int32), axis=1)
@@ -125,7 +133,7 @@ def _histogram_kernel(
 ):
     chunk = tl.program_id(0)
     pair = chunk * CHUNK + tl.arange(0, CHUNK)
-    slot = _load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP)
+    slot = load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP)
     bins = tl.arange(0, BINS)
     counts = tl.histogram(slot, BINS)  # what is not held falls into bin num_slots
     tl.store(counts_ptr + bins * num_chunks + chunk, counts, mask=bins < num_slots)
@@ -182,10 +190,10 @@ def _scatter_kernel(
 
     # A chunk of pairs. There may be fewer chunks than programs.
     pair = program * CHUNK + tl.arange(0, CHUNK)
-    slot = _load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP)
+    slot = load_slots(ids_ptr, map_ptr, pair, num_pairs, num_experts, num_slots, HAS_MAP)
     held = slot < num_slots
     other = program * CHUNK + tl.arange(0, CHUNK)
-    other_slot = _load_slots(ids_ptr, map_ptr, other, num_pairs, num_experts, num_slots, HAS_MAP)
+    other_slot = load_slots(ids_ptr, map_ptr, other, num_pairs, num_experts, num_slots, HAS_MAP)
     earlier = (slot[:, None] == other_slot[None, :]) & (other[None, :] < pair[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)  # [CHUNK]
     rank += tl.load(counts_ptr + slot * num_chunks + program, mask=held, other=0)
@@ -273,6 +281,35 @@ def route(
         **shared,
     )
     return routed
+
+
+def route_later(
+    expert_ids_RK: torch.Tensor,
+    num_slots: int,
+    block_m: int,
+    local_slots_E: torch.Tensor | None = None,
+) -> Route:
+    """A block for each pair in their own order, without a launch: gate_up fills it in as it runs.
+
+    For few pairs on experts that differ, such as those of one row: pairs of one expert would each
+    read its weights.
+    """
+    _check(expert_ids_RK, num_slots, block_m, local_slots_E)
+    num_pairs = expert_ids_RK.numel()
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=expert_ids_RK.device)
+
+    return Route(
+        pairs=empty(num_pairs * block_m),
+        block_slots=empty(num_pairs),
+        block_rows=empty(num_pairs),
+        num_blocks=empty(1),
+        positions=empty(*expert_ids_RK.shape),
+        block_m=block_m,
+        num_slots=num_slots,
+        later=Unsorted(expert_ids_RK, local_slots_E),
+    )
 
 
 def _check(

@@ -13,7 +13,7 @@ from expert_service.kernels.triton_gate_up import gate_up
 from expert_service.kernels.triton_matrices import FP8
 from expert_service.kernels.triton_quantize import Rows
 from expert_service.kernels.triton_reduce import reduce
-from expert_service.kernels.triton_route import Route, route
+from expert_service.kernels.triton_route import Route, route, route_later
 from expert_service.kernels.triton_tiles import Tile, rule_tiles
 from tests.kernels.tolerances import assert_close
 from tests.kernels.triton_cases import (
@@ -55,6 +55,28 @@ def test_gate_up_equals_its_reference_and_leaves_padding_alone(
     assert_close(h_AI[filled], expected.values_NC[filled], dtype)
     assert h_AI.isnan().all(dim=1).sum() == len(h_AI) - len(filled)
     assert h.scale_NB is None
+
+
+@pytest.mark.parametrize("has_map", [True, False], ids=["experts", "slots"])
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (1, 9), (3, 4)])
+def test_gate_up_fills_in_a_route_that_is_sorted_later(rows: int, k: int, has_map: bool) -> None:
+    """A block for each pair; of ids that are not held, or ask nobody, an empty one."""
+    ids, _ = routing_of(rows, k, experts=9)
+    ids[0, 0] = -1
+    local_slots = torch.tensor([5, -1, 0, 1, 7, 3, -1, 2, 4], dtype=torch.int32)
+    experts, hidden = experts_of(torch.float32), rows_of(rows, torch.float32)
+    tile = rule_tiles(16, 48, 20, "fp32").gate_up
+    routed = route_later(ids.to(DEVICE), EXPERTS, 16, local_slots.to(DEVICE) if has_map else None)
+
+    h = gate_up(Rows(hidden.to(DEVICE)), on_device(experts), routed, tile)
+
+    expected = reference.route_later(ids, EXPERTS, 16, local_slots if has_map else None)
+    expected_h = reference.gate_up(Rows(hidden), experts, expected, tile)
+    filled = _filled(expected)
+    for field in ("block_slots", "block_rows", "positions"):
+        assert torch.equal(getattr(routed, field).cpu(), getattr(expected, field))
+    assert torch.equal(routed.pairs.cpu()[filled], expected.pairs[filled])
+    assert_close(h.values_NC.cpu()[filled], expected_h.values_NC[filled], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
