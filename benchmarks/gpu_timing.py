@@ -52,7 +52,27 @@ class Sides:
         return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def _event_us(run: Callable[[], None]) -> float:
+def copy_bytes_per_s() -> float:
+    """Of a large copy on the GPU, bytes read and bytes written."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    us = _median_us(lambda: target.copy_(source))
+    return 2 * source.nbytes / us * 1e6
+
+
+def bf16_flops_per_s() -> float:
+    """Of a large bf16 matrix product on random data."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    us = _median_us(lambda: a @ b)
+    return 2 * size**3 / us * 1e6
+
+
+def _median_us(run: Callable[[], object]) -> float:
+    return statistics.median([_event_us(run) for _ in range(12)][2:])  # two to warm up
+
+
+def _event_us(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

@@ -10,15 +10,24 @@ from typing import Literal
 
 Weights = Literal["bf16", "w8a16", "w8a8"]
 
-#: What an H200 reached when it was measured: a large copy, and a large bf16 matrix product.
-BYTES_PER_S = 4.3e12
-FLOPS_PER_S = 780e12
-#: Of FP8 products; assumed, not measured.
-FP8_FLOPS_PER_S = 1500e12
+_FP8_OVER_BF16 = 1.92  # products a second; assumed, not measured
 TOKENS = (1, 16, 128, 1024, 8192)
 _FP8_SHARE = 0.6  # of bf16's time, where memory sets it and the floor is above ...
 _FP8_FROM_US = 100.0
 _W8A8_FLOPS_PER_S = 600e12  # to reach at the most tokens, on the shard that says so
+
+
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a GPU reaches: in a large copy, and in a large bf16 matrix product."""
+
+    bytes_per_s: float
+    flops_per_s: float
+    is_h200: bool = False  # what is asked for is asked of an H200
+
+
+#: As others measured it; for the floors and requirements that the project was given.
+H200 = Chip(4.3e12, 780e12, is_h200=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +66,27 @@ TINY_SHARDS = (
 TINY_TOKENS = (1, 5, 20)
 
 
-def floor_us(shard: Shard, tokens: int, hit: int, weights: Weights) -> tuple[float, str]:
+def floor_us(
+    shard: Shard, tokens: int, hit: int, weights: Weights, chip: Chip = H200
+) -> tuple[float, str]:
     """Microseconds that no kernel goes below, and whether "memory" or "compute" sets them.
 
     `hit` experts are read once; every token is read once and written once, in 16 bits.
     """
     weight_bytes = hit * shard.expert_elements * (2 if weights == "bf16" else 1)
-    memory = (weight_bytes + 2 * 2 * tokens * shard.hidden) / BYTES_PER_S
-    rate = FP8_FLOPS_PER_S if weights == "w8a8" else FLOPS_PER_S
+    memory = (weight_bytes + 2 * 2 * tokens * shard.hidden) / chip.bytes_per_s
+    rate = chip.flops_per_s * (_FP8_OVER_BF16 if weights == "w8a8" else 1)
     compute = shard.flops(tokens) / rate
     return max(memory, compute) * 1e6, "memory" if memory >= compute else "compute"
 
 
 def required_us(
-    shard: Shard, tokens: int, weights: Weights, floor: tuple[float, str], bf16_us: float | None
-) -> float | None:
+    shard: Shard, tokens: int, weights: Weights, floor: tuple[float, str], bf16_us: float | None,
+    chip: Chip = H200,
+) -> float | None:  # fmt: skip
     """Microseconds to reach; None where nothing is asked. `bf16_us` is what bf16 took."""
+    if not chip.is_h200 and (weights == "bf16" or floor[1] == "compute"):
+        return None
     if weights == "bf16":
         known = dict(zip(TOKENS, shard.required_us, strict=False))
         return known.get(tokens)

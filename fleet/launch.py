@@ -126,6 +126,7 @@ def launch(
     the servers spread over the nodes of that cluster, each of which must see the checkpoint under
     the same path. `port` 0 takes any free one; with several `routers` they get consecutive ports.
     `weights` says what becomes of an FP8 checkpoint's: see `expert_service.kernels.WEIGHTS`.
+    With `device` "auto" GPUs are asked for where `backend` is "triton", and else none.
     `progress` is called with the router's view while servers load, an empty one while the router
     does not answer; what it raises ends the start. Raises ConfigError and
     CheckpointError; nothing is left behind then.
@@ -140,6 +141,8 @@ def launch(
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
     check_choices(port, routers, backend, device, weights)
+    if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
+        device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)
     services = 0 if controller else routers + 1
     ports = metrics_ports(

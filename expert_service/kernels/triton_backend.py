@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -23,7 +24,7 @@ from expert_service.kernels.triton_backend_buckets import (
     padded_pairs,
     warm_rows,
 )
-from expert_service.kernels.triton_backend_device import Device, Lane, Run
+from expert_service.kernels.triton_backend_device import Device, Lane, Run, is_out_of_memory
 from expert_service.kernels.triton_backend_memory import Format, does_not_fit, workspace_bytes
 from expert_service.kernels.triton_backend_pipeline import Pipeline
 from expert_service.kernels.triton_backend_stack import Stack
@@ -99,16 +100,14 @@ class TritonBackend:
     def finish_loading(self) -> None:
         """Compiles every kernel, claims the memory of the largest piece, records the graphs."""
         layers = [layer for layer in self._layers.values() if layer.stacks]
-        try:
+        held = Counter({s.form: s.capacity for each in layers for s in each.stacks.values()})
+        with self._memory_for(held):
             self._pipeline.claim_bucket()
             if self._device.compiles:
                 for layer in {layer.shape(): layer for layer in layers}.values():
                     self._warm(layer)
             for layer in layers:
                 self._record(layer)
-        except torch.OutOfMemoryError:
-            held = Counter({s.form: s.capacity for each in layers for s in each.stacks.values()})
-            raise self._too_small(held) from None
         self._ready = True
 
     @torch.inference_mode()
@@ -149,14 +148,13 @@ class TritonBackend:
                 stack.local_slots_E,
                 tiles=self._choose_tiles(layer, stack, rows),
                 w8a8=self._is_w8a8(stack),
+                out_dtype=torch.float32 if len(layer.stacks) > 1 else None,
             )
             for stack in layer.stacks.values()
         ]
         total_RH = sums[0]
-        if len(sums) > 1:
-            total_RH = sums[0].float()
-            for each_RH in sums[1:]:
-                total_RH += each_RH
+        for each_RH in sums[1:]:
+            total_RH += each_RH
         out_RH.copy_(total_RH)
 
     def _choose_tiles(self, layer: _Layer, stack: Stack, rows: int) -> Tiles:
@@ -196,11 +194,8 @@ class TritonBackend:
     def _make_room(self, counts: Counter[Format]) -> None:
         """Allocates stacks, all or none. Raises ConfigError."""
         self._check_memory(counts)
-        try:
-            with self._device.on(Lane.COMPUTE):
-                stacks = [self._new_stack(form, count) for form, count in counts.items()]
-        except torch.OutOfMemoryError:  # another server on this GPU was faster
-            raise self._too_small(counts) from None
+        with self._memory_for(counts), self._device.on(Lane.COMPUTE):
+            stacks = [self._new_stack(form, count) for form, count in counts.items()]
         for stack in stacks:
             layer = self._layers[stack.form.layer]
             layer.stacks[stack.form] = stack
@@ -215,11 +210,8 @@ class TritonBackend:
         rows = max(1, stack.capacity // _GROWTH)
         counts = Counter({stack.form: stack.capacity + rows})  # the old one goes after the copy
         self._check_memory(counts)
-        try:
-            with self._device.on(Lane.COMPUTE):
-                stack.grow(rows)
-        except torch.OutOfMemoryError:
-            raise self._too_small(counts) from None
+        with self._memory_for(counts), self._device.on(Lane.COMPUTE):
+            stack.grow(rows)
         self._layers[stack.form.layer].graphs.clear()
         _LOG.info("layer %d: room for %d experts", stack.form.layer, stack.capacity)
 
@@ -230,6 +222,16 @@ class TritonBackend:
         sizes = (form.slot_bytes(self._spec.hidden_size, self._dtype) for form in counts.elements())
         if sum(sizes) + self._workspace(counts) > free:
             raise self._too_small(counts)
+
+    @contextmanager
+    def _memory_for(self, counts: Counter[Format]) -> Iterator[None]:
+        """What runs out of memory within is a ConfigError: another server may have taken it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._too_small(counts) from error
 
     def _too_small(self, counts: Counter[Format]) -> ConfigError:
         return does_not_fit(
@@ -248,7 +250,7 @@ class TritonBackend:
         by_layer: Counter[int] = Counter()
         for form, count in counts.items():
             by_layer[form.layer] += count
-        experts = max(by_layer.values())
+        experts = max(by_layer.values(), default=0)
         return workspace_bytes(
             counts,
             experts,

@@ -5,7 +5,7 @@ graphs. On the CPU, under Triton's interpreter, each of them is the plain thing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
 from typing import Protocol
 
@@ -18,6 +18,11 @@ Run = Callable[[], None]
 def is_interpreting() -> bool:
     """Whether kernels run under Triton's interpreter, on the CPU: TRITON_INTERPRET."""
     return bool(triton.knobs.runtime.interpret)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device's memory ran out: torch's allocator, or CUDA beneath it, says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 class Lane(Enum):
@@ -156,6 +161,9 @@ class CudaDevice:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 run()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # it may be broken: what broke it says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay

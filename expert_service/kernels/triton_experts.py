@@ -26,8 +26,9 @@ def grouped_swiglu_experts(
     block_m: int | None = None,
     tiles: Tiles | None = None,
     w8a8: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """out [R, H] in `hidden_RH`'s dtype; zeros for a row of which nothing is held.
+    """out [R, H] in `out_dtype`, else in `hidden_RH`'s; zeros for a row of which nothing is held.
 
     Ids are looked up in `local_slots_E` (see `route`), or are slots where it is None. `tiles` are
     the rule's unless given: for `block_m`, or for the number of pairs. With `w8a8`, for FP8 weights
@@ -47,4 +48,4 @@ def grouped_swiglu_experts(
     x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)
     h = gate_up(x, matrices, routed, tiles.gate_up)
     y_AH = down(h, matrices, weights_RK, routed, tiles.down, hidden_RH.dtype)
-    return reduce(y_AH, routed.positions)
+    return reduce(y_AH, routed.positions, out_dtype)

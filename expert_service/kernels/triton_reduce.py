@@ -40,11 +40,13 @@ def _reduce_kernel(
     tl.store(out_ptr + row * H + offs, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def reduce(y_AH: torch.Tensor, positions_RK: torch.Tensor) -> torch.Tensor:
-    """out [R, H] in `y_AH`'s dtype; zeros for a row of which nothing is held."""
+def reduce(
+    y_AH: torch.Tensor, positions_RK: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """out [R, H] in `dtype`, else in `y_AH`'s; zeros for a row of which nothing is held."""
     _check(y_AH, positions_RK)
     (R, K), H = positions_RK.shape, y_AH.shape[1]
-    out_RH = y_AH.new_empty(R, H)
+    out_RH = y_AH.new_empty(R, H, dtype=dtype or y_AH.dtype)
     if out_RH.numel():
         block_h = min(_BLOCK_H, next_power_of_2(H))
         _reduce_kernel[(R, triton.cdiv(H, block_h))](

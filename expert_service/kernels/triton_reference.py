@@ -143,14 +143,16 @@ def down(
     return y_AH
 
 
-def reduce(y_AH: torch.Tensor, positions_RK: torch.Tensor) -> torch.Tensor:
+def reduce(
+    y_AH: torch.Tensor, positions_RK: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """See `triton_reduce.reduce`."""
     out_RH = torch.zeros(len(positions_RK), y_AH.shape[1])
     for row, positions in enumerate(positions_RK.tolist()):
         for position in positions:
             if position >= 0:
                 out_RH[row] += y_AH[position].float()
-    return out_RH.to(y_AH.dtype)
+    return out_RH.to(dtype or y_AH.dtype)
 
 
 def grouped_swiglu_experts(
@@ -162,6 +164,7 @@ def grouped_swiglu_experts(
     block_m: int | None = None,
     tiles: Tiles | None = None,
     w8a8: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See `triton_experts.grouped_swiglu_experts`.
 
@@ -182,4 +185,4 @@ def grouped_swiglu_experts(
                 if w8a8:
                     h_I = dequantize(quantize(h_I[None]))[0]
                 out_RH[row] += weights_RK[row, k] * (down_LHI[slot] @ h_I)
-    return out_RH.to(hidden_RH.dtype)
+    return out_RH.to(out_dtype or hidden_RH.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +243,8 @@ def test_old_slots_stay_while_a_router_is_cut_off_and_go_when_it_is_back(
 
     _migrate(mesh, _load("s1r0", Slot(LAYER, 0)), _drop("s0r0", Slot(LAYER, 0)))
     kept = _held(mesh.servers[0])
-    controller._away.clear()  # as when it watches again
-    controller._routers["router-1"] = router
+    controller._away.clear()  # as when it watches again, and has told what it uses
+    controller._routers["router-1"] = replace(router, epoch=controller.epoch)
 
     assert 0 in kept
     wait_until(lambda: 0 not in _held(mesh.servers[0]), 10.0, "dropped")

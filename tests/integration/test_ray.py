@@ -160,6 +160,7 @@ def test_two_clusters_of_one_process_share_its_ray(
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
         ({"backend": "abacus"}, "backend is 'abacus'"),
+        ({"weights": "fp4"}, "weights is 'fp4'"),
         ({"balance": "upwards"}, "upwards"),
         ({"shards": 1000}, "use fewer shards"),
     ],

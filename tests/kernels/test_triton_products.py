@@ -112,6 +112,16 @@ def test_reduce_equals_its_reference(hidden: int, dtype: torch.dtype) -> None:
     assert torch.equal(out, reference.reduce(y_AH, positions))
 
 
+def test_reduce_leaves_its_sum_unrounded_where_asked() -> None:
+    y_AH = rows_of(8, torch.float16)
+    positions = torch.randperm(8).view(2, 4).to(torch.int32)
+
+    out = reduce(y_AH.to(DEVICE), positions.to(DEVICE), torch.float32).cpu()
+
+    assert torch.equal(out, reference.reduce(y_AH, positions, torch.float32))
+    assert not torch.equal(out, out.half().float())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

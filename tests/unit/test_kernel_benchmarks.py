@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from benchmarks.gpu_timing import fastest
-from benchmarks.kernel_cases import SHARDS, TOKENS, floor_us, required_us
+from benchmarks.gpu_timing import Sides, fastest
+from benchmarks.kernel_cases import SHARDS, TOKENS, Chip, floor_us, required_us
 
 DEEPSEEK, QWEN, LITE, MIXTRAL = SHARDS
 
@@ -57,6 +59,16 @@ def test_what_must_be_reached(shard: object, tokens: int, weights: str, must: fl
     assert found == (None if must is None else pytest.approx(must, rel=0.001))
 
 
+def test_another_chip_has_floors_of_its_own_and_nothing_to_reach_in_bf16() -> None:
+    chip = Chip(bytes_per_s=3.0e12, flops_per_s=800e12)
+
+    floor = floor_us(DEEPSEEK, 16, 8, "bf16", chip)
+
+    assert floor == (pytest.approx(235, rel=0.01), "memory")
+    assert required_us(DEEPSEEK, 16, "bf16", floor, 300.0, chip) is None
+    assert required_us(DEEPSEEK, 16, "w8a16", (118.0, "memory"), 300.0, chip) == 180.0
+
+
 def test_every_shard_has_a_requirement_for_every_number_of_tokens() -> None:
     assert [len(shard.required_us) for shard in SHARDS] == [len(TOKENS)] * 4
 
@@ -66,3 +78,21 @@ def test_a_side_that_could_not_be_captured_has_its_eager_time() -> None:
 
     assert fastest(times, "a") == 4.0
     assert fastest(times, "a compiled") == 1.0
+
+
+def test_sides_take_turns_and_times_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def timed(run: Callable[[], None]) -> float:
+        run()
+        return 12.0 * len(calls)
+
+    monkeypatch.setattr("benchmarks.gpu_timing._event_us", timed)
+    sides = Sides(rounds=2)
+    for name, count in (("a", 1), ("b", 2)):
+        sides.add_eager(name, [lambda name=name: calls.append(name)] * count)  # type: ignore[misc]
+
+    medians = sides.medians_us()
+
+    assert calls == ["a", "b", "b"] * 3  # the first round warms up
+    assert medians == {"a": 12.0 * (4 + 7) / 2, "b": 12.0 * (6 + 9) / 2 / 2}
