@@ -5,7 +5,8 @@ python benchmarks/tune_kernels.py [--only h7168_i2048] [--minutes 20] [--out FOL
 For each shard of the shipped tables: twelve numbers of tokens, evenly routed, all experts held.
 A tile's output is compared with torch before it is timed; what differs is out. Times are of CUDA
 graphs over several routings, so that weights come from memory and not from the cache. A table is
-written when all of it is measured: run again with `--only` for those that the minutes left out.
+written after each number of tokens, with the seed's tiles for those to come: run again, and it goes
+on with them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,14 +60,13 @@ def tune(
     dtype: torch.dtype,
     time_us: Callable[[Sequence[Callable[[], object]]], float],
     tokens: Sequence[int] = TOKENS,
-    has_time: Callable[[], bool] = lambda: True,
-) -> TileTable | None:
-    """The table with the fastest tiles for activations of `dtype`; None where time ran out."""
+) -> Iterator[TileTable]:
+    """The table with one more number of tokens tuned, each time, until it has all.
+
+    Activations are of `dtype`. Numbers that the table is tuned for are left alone.
+    """
     sizes = (table.experts, table.hidden_size, table.intermediate_size)
-    entries = []
-    for count in tokens:
-        if not has_time():
-            return None
+    for count in (each for each in tokens if each not in table.tuned):
         case = Case(matrices, table, count, dtype)
 
         def time_of(product: Product, tile: Tile, case: Case = case) -> float:
@@ -77,46 +77,55 @@ def tune(
                 return math.inf
 
         found = search(count * table.top_k, sizes, table.precision, time_of)
-        entries.append((count, found.tiles))
+        entries = sorted((dict(table.entries) | {count: found.tiles}).items())
+        tuned = tuple(sorted((*table.tuned, count)))
+        table = replace(table, entries=tuple(entries), tuned=tuned)
         print(
             f"{table.file_name} {count:5} tokens: {found.gate_up_us:8.1f} + {found.down_us:8.1f} us"
             f"  {tuple(found.tiles.gate_up)} {tuple(found.tiles.down)}",
             flush=True,
         )
-    return replace(table, entries=tuple(entries))
+        yield table
+
+
+def tables_to_tune(
+    shipped: Sequence[TileTable], written: Sequence[TileTable], device: str, version: str
+) -> list[TileTable]:
+    """For each seed, the table of this device and Triton: as far as it is written, or the seed's.
+
+    `version` is all of Triton's; tables are for its minor.
+    """
+    minor = ".".join(version.split(".")[:2])
+    source = f"tuned {datetime.date.today()} on {device} with Triton {version}"
+    known = {table.file_name: table for table in written}
+    seeds = [table for table in shipped if table.device is None]
+    fresh = [replace(seed, device=device, triton=minor, source=source) for seed in seeds]
+    return [known.get(table.file_name, table) for table in fresh]
 
 
 def main() -> int:
     """Tunes until the time is over; 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of tables, e.g. i2048_bf16")
-    parser.add_argument("--minutes", type=float, default=20.0, help="no new count starts later")
+    parser.add_argument("--minutes", type=float, default=20.0, help="no search starts later")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder for the tables")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("tuning times kernels, and there is no CUDA device here", file=sys.stderr)
         return 2
 
+    options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    device = torch.cuda.get_device_name()
-    version = ".".join(triton.__version__.split(".")[:2])
-    seeds = [table for table in read_tables() if table.device is None]
-    for seed in (each for each in seeds if options.only in each.file_name):
-        table = replace(
-            seed,
-            device=device,
-            triton=version,
-            source=f"tuned {datetime.date.today()} on {device} with Triton {triton.__version__}",
-        )
+    tables = tables_to_tune(
+        read_tables(), read_tables(options.out), torch.cuda.get_device_name(), triton.__version__
+    )
+    for table in (each for each in tables if options.only in each.file_name):
         matrices = make_matrices(table, "cuda", torch.bfloat16)
-        tuned = tune(
-            table, matrices, torch.bfloat16, graph_us, has_time=lambda: time.monotonic() < end
-        )
-        del matrices
-        if tuned is None:
-            print(f"{table.file_name}: time is over, not written", flush=True)
-            return 0
-        print(f"wrote {write_table(tuned, options.out).name}", flush=True)
+        for tuned in tune(table, matrices, torch.bfloat16, graph_us):
+            write_table(tuned, options.out)
+            if time.monotonic() > end:
+                print("time is over: run again to go on", flush=True)
+                return 0
     return 0
 
 

@@ -24,8 +24,8 @@ Product = Literal["gate_up", "down"]
 #: Microseconds of a product with a tile; infinite where it does not run, or not right.
 TimeOf = Callable[[Product, Tile], float]
 
-#: Tokens that a table has entries for.
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 8192)
+#: Tokens that a table has entries for; first those of the roofline, should time run out.
+TOKENS = (1, 16, 128, 1024, 8192, 2, 4, 8, 32, 64, 256, 512)
 
 _MATRICES: dict[Product, int] = {"gate_up": 2, "down": 1}
 _ITEM_BYTES: dict[Precision, tuple[int, int]] = {  # of an activation and of a weight

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from expert_service.kernels.triton_blocks import place
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
 from expert_service.kernels.triton_quantize import Rows, widened
@@ -45,13 +46,8 @@ def _down_kernel(
     GROUP_M: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
 ):
-    # Blocks of one group run side by side, column by column: those of one slot share its weights.
     COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    group = tl.program_id(0) // (GROUP_M * COLUMNS)
-    group_rows = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-    inside = tl.program_id(0) % (GROUP_M * COLUMNS)
-    block = group * GROUP_M + inside % group_rows
-    column = inside // group_rows
+    block, column = place(num_blocks, COLUMNS, GROUP_M)
 
     rows = tl.load(block_rows_ptr + block)
     if rows == 0:

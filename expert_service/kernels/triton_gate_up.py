@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from expert_service.kernels.triton_blocks import place, sort_pair
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
 from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3, widened
-from expert_service.kernels.triton_route import Route, load_slots
+from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 
 
@@ -56,27 +57,27 @@ def _gate_up_kernel(
     GROUP_M: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
 ):
-    # Blocks of one group run side by side, column by column: those of one slot share its weights.
     COLUMNS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    group = tl.program_id(0) // (GROUP_M * COLUMNS)
-    group_rows = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-    inside = tl.program_id(0) % (GROUP_M * COLUMNS)
-    block = group * GROUP_M + inside % group_rows
-    column = inside // group_rows
+    block, column = place(num_blocks, COLUMNS, GROUP_M)
 
     if positions_ptr is None:
         rows = tl.load(block_rows_ptr + block)
         slot = tl.load(block_slots_ptr + block)
     else:
-        slot = load_slots(
-            ids_ptr, map_ptr, block, num_blocks, num_experts, num_slots, map_ptr is not None
+        slot, rows = sort_pair(
+            block,
+            column,
+            pairs_ptr,
+            block_slots_ptr,
+            block_rows_ptr,
+            num_blocks,
+            positions_ptr,
+            ids_ptr,
+            map_ptr,
+            num_experts,
+            num_slots,
+            BLOCK_M,
         )
-        rows = (slot < num_slots).to(tl.int32)
-        if column == 0:
-            tl.store(block_slots_ptr + block, tl.where(rows == 1, slot, -1))
-            tl.store(block_rows_ptr + block, rows)
-            tl.store(pairs_ptr + block * BLOCK_M, block)
-            tl.store(positions_ptr + block, tl.where(rows == 1, block * BLOCK_M, -1))
     if rows == 0:
         return
     slot = slot.to(tl.int64)

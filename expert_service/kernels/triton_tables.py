@@ -36,6 +36,7 @@ class TileTable:
     triton: str | None  # major.minor; None for a seed
     source: str  # "tuned ..." or "seed ...", and from where
     entries: tuple[tuple[int, Tiles], ...]  # (tokens, tiles), ascending
+    tuned: tuple[int, ...] = ()  # the tokens whose tiles were measured; the others are a seed's
 
     def tiles(self, num_pairs: int, num_slots: int) -> Tiles:
         """Of the entry whose pairs per expert are nearest, as a ratio."""
@@ -100,8 +101,8 @@ def read_tables(folder: Path = TABLES) -> tuple[TileTable, ...]:
 
 def write_table(table: TileTable, folder: Path) -> Path:
     """Writes a table to its file, of which it returns the path."""
-    fields = {name: getattr(table, name) for name in _FIELDS}
-    head = json.dumps(fields, indent=2)[:-2]
+    fields = [f'  "{name}": {json.dumps(getattr(table, name))}' for name in _FIELDS]
+    head = "{\n" + ",\n".join(fields)
     rows = [
         f'    "{tokens}": {{"gate_up": {list(tiles.gate_up)}, "down": {list(tiles.down)}}}'
         for tokens, tiles in table.entries
@@ -123,7 +124,8 @@ def _read(path: Path) -> TileTable:
             (int(tokens), Tiles(Tile(*tiles["gate_up"]), Tile(*tiles["down"])))
             for tokens, tiles in fields["tokens"].items()
         )
-        table = TileTable(**{name: fields[name] for name in _FIELDS}, entries=entries)
+        head = {name: fields[name] for name in _FIELDS}
+        table = TileTable(**head | {"tuned": tuple(fields["tuned"])}, entries=entries)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of tiles: {error!r}") from error
     _check(path, table)
@@ -134,6 +136,8 @@ def _check(path: Path, table: TileTable) -> None:
     counts = [tokens for tokens, _ in table.entries]
     if not counts or counts[0] < 1 or counts != sorted(set(counts)):
         raise ValueError(f"{path} has tiles for {counts} tokens; expected ascending numbers")
+    if not set(table.tuned) <= set(counts):
+        raise ValueError(f"{path} is tuned for {list(table.tuned)} tokens, and has {counts}")
     for tokens, (gate_up, down) in table.entries:
         if gate_up.block_m != down.block_m:
             raise ValueError(

@@ -20,6 +20,8 @@ _MIN_SIDE = 16
 _MULTIPROCESSORS = 132
 #: Columns below which a program's loads are too small to hide their latency.
 _NARROWEST = 32
+#: Of narrowed tiles: what shared memory has room for beside 128 rows.
+_MORE_STAGES = 2
 
 
 class Tile(NamedTuple):
@@ -41,6 +43,12 @@ class Tiles(NamedTuple):
 
 
 # By block_m. The first product computes two matrices at once: half the columns of each.
+_32_BIT = {
+    16: Tiles(Tile(16, 64, 64, 1, 4, 4), Tile(16, 128, 64, 1, 4, 4)),
+    32: Tiles(Tile(32, 64, 64, 16, 4, 3), Tile(32, 128, 64, 16, 4, 3)),
+    64: Tiles(Tile(64, 64, 32, 16, 4, 3), Tile(64, 128, 32, 16, 4, 3)),
+    128: Tiles(Tile(128, 64, 32, 16, 8, 3), Tile(128, 128, 32, 16, 8, 3)),
+}
 _16_BIT = {
     16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
     32: Tiles(Tile(32, 64, 128, 16, 4, 3), Tile(32, 128, 128, 16, 4, 3)),
@@ -64,7 +72,7 @@ _W8A8 = {
     128: Tiles(Tile(128, 128, 128, 16, 16, 3), Tile(128, 128, 128, 16, 8, 4)),
 }
 _RULE: dict[Precision, dict[int, Tiles]] = {
-    "fp32": _16_BIT,
+    "fp32": _32_BIT,
     "fp16": _16_BIT,
     "bf16": _16_BIT,
     "w8a16": _W8A16,
@@ -86,8 +94,8 @@ def rule_tiles(
         raise ValueError(f"block_m is {block_m}; expected one of {list(_RULE[precision])}")
     gate_up, down = _RULE[precision][block_m]
     return Tiles(
-        _fit(gate_up, intermediate_size, hidden_size, precision),
-        _fit(down, hidden_size, intermediate_size, precision),
+        _fit(gate_up, intermediate_size, hidden_size),
+        _fit(down, hidden_size, intermediate_size),
     )
 
 
@@ -113,17 +121,20 @@ def next_power_of_2(value: int) -> int:
 
 
 def _narrow(tile: Tile, blocks: int, columns: int) -> Tile:
-    """Fewer columns, until there are programs for more than half of the multiprocessors."""
+    """Fewer columns, until there are programs for more than half of the multiprocessors.
+
+    Each then loads further ahead: what is on its way from memory must not get less.
+    """
     block_n = tile.block_n
     while block_n > _NARROWEST and 2 * blocks * -(-columns // block_n) <= _MULTIPROCESSORS:
         block_n //= 2
-    return tile._replace(block_n=block_n)
+    num_stages = tile.num_stages + (_MORE_STAGES if block_n < tile.block_n else 0)
+    return tile._replace(block_n=block_n, num_stages=num_stages)
 
 
-def _fit(tile: Tile, columns: int, summed: int, precision: Precision) -> Tile:
-    """No larger than the matrices, and as many bytes as the rule's tile."""
-    block_k = tile.block_k // 2 if precision == "fp32" else tile.block_k
+def _fit(tile: Tile, columns: int, summed: int) -> Tile:
+    """No larger than the matrices."""
     return tile._replace(
         block_n=min(tile.block_n, max(_MIN_SIDE, next_power_of_2(columns))),
-        block_k=min(block_k, max(_MIN_SIDE, next_power_of_2(summed))),
+        block_k=min(tile.block_k, max(_MIN_SIDE, next_power_of_2(summed))),
     )

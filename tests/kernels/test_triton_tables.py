@@ -44,7 +44,7 @@ SEED = TileTable(
     source="seed for a test",
     entries=((1, _tiles(16)), (16, _tiles(32)), (256, _tiles(64))),
 )
-TUNED = replace(SEED, device="NVIDIA H200", triton="3.7", source="tuned for a test")
+TUNED = replace(SEED, device="NVIDIA H200", triton="3.7", source="tuned for a test", tuned=(1, 256))
 
 
 @pytest.mark.parametrize("shard", SHARDS, ids=str)
@@ -66,6 +66,7 @@ def test_a_shipped_table_says_whether_it_is_a_seed(table: TileTable) -> None:
     kind = "seed, not measured" if table.device is None else "tuned"
 
     assert table.source.startswith(kind)
+    assert bool(table.tuned) == (kind == "tuned")
 
 
 @pytest.mark.parametrize("table", SHIPPED, ids=lambda table: table.file_name)
@@ -161,6 +162,7 @@ def test_file_names_say_what_a_table_is_for() -> None:
         ({"tokens": {"1": {"gate_up": [16] * 6, "down": [32] * 6}}}, "block_m is 16 and 32"),
         ({"tokens": {"1": {"gate_up": [16] * 5, "down": [16] * 6}}}, "no table of tiles"),
         ({"tokens": {"one": {}}}, "no table of tiles"),
+        ({"tuned": [2]}, r"tuned for \[2\] tokens, and has \[1, 16, 256\]"),
         ({"experts": 9}, "holds the table e9_h64_i32_bf16.seed.json"),
     ],
     ids=str,

@@ -86,5 +86,12 @@ def test_few_pairs_get_narrow_tiles_so_that_no_multiprocessor_idles(
     assert (tiles.gate_up.block_n, tiles.down.block_n) == (gate_up_columns, down_columns)
 
 
+def test_narrow_tiles_load_further_ahead() -> None:
+    wide, narrow = (rule_tiles_for(pairs, (8, 7168, 2048), "bf16") for pairs in (8, 1))
+
+    assert [tile.num_stages for tile in wide] == [4, 4]
+    assert [tile.num_stages for tile in narrow] == [6, 6]
+
+
 def test_w8a8_keeps_the_columns_that_share_a_scale_of_h() -> None:
     assert rule_tiles_for(1, (8, 7168, 2048), "w8a8").gate_up.block_n == 128

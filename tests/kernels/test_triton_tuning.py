@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +36,7 @@ def _shard(precision: Precision) -> TileTable:
         triton="0.0",
         source="tuned by a test",
         entries=((1, tiles),),
+        tuned=(1,),
     )
 
 
@@ -153,12 +155,14 @@ def test_a_table_is_tuned_with_what_is_right(
         outputs.append(runs[0]().shape[1])
         return float(len(outputs))
 
-    tuned = tune_kernels.tune(table, matrices, dtype, time_us, tokens=(3,))
+    (tuned,) = tune_kernels.tune(table, matrices, dtype, time_us, tokens=(1, 3))
 
-    assert tuned is not None
-    assert [count for count, _ in tuned.entries] == [3]
+    assert tuned.tuned == (1, 3)
+    assert dict(tuned.entries) == {
+        1: table.entries[0][1],
+        3: rule_tiles_for(6, (4, 40, 24), precision),
+    }
     assert set(outputs) == {24, 40}
-    assert tuned.entries[0][1] == rule_tiles_for(6, (4, 40, 24), precision)
 
 
 @pytest.mark.parametrize("product", ["gate_up", "down"])
@@ -174,11 +178,20 @@ def test_a_wrong_result_is_noticed(product: str) -> None:
     assert (right, case.is_right(product, tile)) == (True, False)
 
 
-def test_a_table_whose_time_is_over_is_none(tune_kernels: ModuleType) -> None:
-    table = _shard("fp32")
-    matrices = make_matrices(table, DEVICE, torch.float32)
+def test_tuning_goes_on_where_it_was_left(tune_kernels: ModuleType) -> None:
+    tuned = [_shard("bf16"), _shard("fp32")]
+    shipped = [replace(each, device=None, triton=None, tuned=()) for each in tuned]
+    begun = replace(tuned[1], device="NVIDIA H200", triton="3.7")
 
-    assert tune_kernels.tune(table, matrices, torch.float32, len, has_time=lambda: False) is None
+    tables = tune_kernels.tables_to_tune(shipped, [begun], "NVIDIA H200", "3.7.1")
+
+    assert [table.file_name for table in tables] == [
+        "e4_h40_i24_bf16.nvidia_h200.triton3.7.json",
+        "e4_h40_i24_fp32.nvidia_h200.triton3.7.json",
+    ]
+    assert tables[0].source.startswith("tuned ")
+    assert tables[0].source.endswith(" on NVIDIA H200 with Triton 3.7.1")
+    assert (tables[0].tuned, tables[1]) == ((), begun)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tunes for minutes where there is a GPU")
