@@ -100,8 +100,7 @@ def descend(
 def block_sizes(num_pairs: int, num_experts: int, precision: Precision) -> list[int]:
     """Of the rule, and next to it: larger blocks are fewer, smaller ones less empty."""
     rule = choose_block_m(num_pairs, min(num_pairs, num_experts), precision)
-    largest = choose_block_m(1 << 30, 1, precision)
-    return [size for size in (rule // 2, rule, rule * 2) if 16 <= size <= largest]
+    return [size for size in (rule // 2, rule, rule * 2) if 16 <= size <= 128]
 
 
 def search(

@@ -33,6 +33,7 @@ def test_blocks_hold_twice_the_mean_load(
     assignments: int, active_experts: int, block_m: int
 ) -> None:
     assert choose_block_m(assignments, active_experts, "bf16") == block_m
+    assert choose_block_m(assignments, active_experts, "w8a8") == min(block_m, 64)
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])

@@ -119,6 +119,7 @@ def test_a_search_starts_where_tiles_may_run(precision: Precision) -> None:
         (128, "bf16", [16, 32, 64]),
         (65536, "bf16", [64, 128]),
         (65536, "w8a16", [64, 128]),
+        (65536, "w8a8", [32, 64, 128]),
     ],
 )
 def test_blocks_next_to_the_rules_are_tried(
