@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from expertmesh.codec.slots import slots_of
@@ -38,11 +39,17 @@ class Snapshot:
         if update.version <= self.bias_version:
             return self
         biases = {
-            entry.layer: gates[entry.layer].bias + torch.tensor(list(entry.delta))
+            entry.layer: gates[entry.layer].bias + _tensor(entry.delta)
             for entry in update.layers
             if entry.layer in gates and len(entry.delta) == len(gates[entry.layer].bias)
         }
         return replace(self, bias_version=update.version, mode=update.mode, biases=biases)
+
+
+def _tensor(delta: Sequence[float]) -> torch.Tensor:
+    """[E] float32, through numpy: torch reads a list several times as slowly, and a large model's
+    push is 15,000 numbers."""
+    return torch.from_numpy(np.fromiter(delta, np.float32, len(delta)))
 
 
 @dataclass(frozen=True)

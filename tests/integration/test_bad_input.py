@@ -842,6 +842,42 @@ def test_a_balance_mode_that_is_none_is_refused(control) -> None:
     assert details(error) == ("INVALID_REQUEST", ["mode"], None)
 
 
+def test_totals_that_shrink_are_refused_and_taken_back_by_nobody(mesh, control) -> None:
+    def report(sequence: int, counts: list[int]) -> control_pb2.ReportAssignmentsRequest:
+        return control_pb2.ReportAssignmentsRequest(
+            source="shrinking",
+            incarnation="1",
+            sequence=sequence,
+            layers=[router_pb2.LayerLoad(layer=99, counts=counts, top_k=1)],
+        )
+
+    control.ReportAssignments(report(1, [2, 5]), timeout=5.0)
+
+    error = failure(lambda: control.ReportAssignments(report(2, [3, 4]), timeout=5.0))
+    load = control.GetClusterLoad(control_pb2.GetClusterLoadRequest(), timeout=5.0)
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error) == ("INVALID_REQUEST", ["layers"], None)
+    assert [list(entry.counts) for entry in load.layers if entry.layer == 99] == [[2, 5]]
+
+
+def test_a_router_whose_gate_cannot_choose_is_refused(mesh, control) -> None:
+    gate = control_pb2.LayerGate(layer=MOE, score="sigmoid", top_k=5, n_group=1, topk_group=1,
+                                 group_score="max", trained_bias=[0.0, 0.0])  # fmt: skip
+    request = control_pb2.WatchClusterRequest(
+        router_id="odd",
+        incarnation="1",
+        protocol_version=1,
+        checkpoint_digest=open_model(mesh.path).digest,
+        gates=[gate],
+    )
+
+    error = failure(lambda: list(control.WatchCluster(request, timeout=5.0)))
+
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert details(error) == ("INVALID_REQUEST", ["gates"], None)
+
+
 _MIGRATION = Path(__file__).with_name("test_migration.py")  # has the rows of moving experts
 
 

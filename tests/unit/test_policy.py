@@ -215,6 +215,33 @@ def test_repeated_sign_updates_even_out_a_skewed_sigmoid_gate() -> None:
     assert after <= 0.05
 
 
+def test_repeated_proportional_updates_even_out_the_same_gate_further() -> None:
+    generator = torch.Generator().manual_seed(0)
+    popularity_E = torch.linspace(-2.0, 2.0, 16)
+    scores_TE = (torch.randn(2048, 16, generator=generator) + popularity_E).sigmoid()
+    bias_E = torch.zeros(16)
+
+    for _ in range(700):
+        counts_E = _counts_of_gate(scores_TE, bias_E, 4)
+        bias_E = next_delta(bias_E, counts_E, policy="proportional", update_rate=0.01)
+
+    assert max_violation(_counts_of_gate(scores_TE, bias_E, 4)) <= 0.02
+
+
+def test_a_cosine_schedule_balances_in_a_tenth_of_the_windows_and_ends_as_calm() -> None:
+    generator = torch.Generator().manual_seed(0)
+    popularity_E = torch.linspace(-2.0, 2.0, 16)
+    scores_TE = (torch.randn(2048, 16, generator=generator) + popularity_E).sigmoid()
+    bias_E = torch.zeros(16)
+
+    for window in range(70):
+        rate = scheduled_rate("cosine", 0.02, window, over=70, floor=5e-4)
+        counts_E = _counts_of_gate(scores_TE, bias_E, 4)
+        bias_E = next_delta(bias_E, counts_E, policy="sign", update_rate=rate)
+
+    assert max_violation(_counts_of_gate(scores_TE, bias_E, 4)) <= 0.05
+
+
 def test_repeated_sign_updates_hold_on_batches_that_are_never_seen_twice() -> None:
     generator = torch.Generator().manual_seed(1)
     popularity_E = torch.linspace(-2.0, 2.0, 16)
