@@ -5,13 +5,15 @@ that run, q the requests at one server and d the p99 of the queue delay, all mea
 look-back,
 
     by work   = n u / target_utilization
-    by queue  = n min(2, max(q / target_ongoing_requests, d / target_queue_delay_s))
-    wanted    = by work, or by queue where that is more than n, the servers that the work asks for
-                are all there, and the queue does not shrink
+    r         = max(q / target_ongoing_requests, d / target_queue_delay_s)
+    by queue  = n u / (1 - (1 - u) r), at most 2 n
+    wanted    = by work, or by queue if that is more and the servers that the work asks for run
 
-The work asks for a number of servers; a queue only says "more", so it asks for at most twice as
-many, and only once the answer to the work is in place. A queue that shrinks, before servers that
-have room, is draining: more servers would come too late for it, but none goes while it is there.
+Waits grow as 1 / (1 - u), so `by queue` servers would bring r to 1: it adds where queues are too
+long, and lets no server go that keeps them short. In a jump of the load that law does not hold, so
+a queue is heard only once the answer to the work is in place, and at most doubles it. A queue that
+shrinks, before servers that have room, is draining: more servers would come too late for it, but
+none goes while it is there.
 
 More than there are must be wanted for `upscale_delay_s`, fewer for `downscale_delay_s` without a
 break, and then as many go as the *largest* number wanted in that time allows. A wanted number
@@ -134,20 +136,31 @@ def _wanted(state: State, context: Context, config: AutoscaleConfig) -> tuple[fl
             "wanted"
         )
     ratio, what = _queue(state, config)
-    if ratio > 1 and (wanted is None or wanted <= running):
-        if not _drains(state):
-            wanted, why = running * min(ratio, QUEUE_BOOST), what
-        elif wanted is not None and wanted < state.replicas:
-            wanted, why = float(state.replicas), f"{what}, and it drains"
+    if ratio > 0 and (wanted is None or wanted <= running):
+        by_queue = _by_queue(work, running, ratio)
+        if ratio > 1 and _drains(state):
+            by_queue, what = float(state.replicas), f"{what}, and it drains"
+        if by_queue > (running if wanted is None else wanted):
+            wanted, why = by_queue, what
     silent = any(seen.sample.reporting < seen.running for seen in state.samples)
     if wanted is not None and wanted < state.replicas and silent:
         wanted, why = None, "some servers have not reported their load"
     return wanted, why
 
 
+def _by_queue(work: float | None, running: int, ratio: float) -> float:
+    """How many servers would bring queues that are `ratio` times too long to what is wanted."""
+    if work is None:
+        return running * min(ratio, QUEUE_BOOST)
+    busy = min(work / running, 1.0) if running else 1.0
+    room = 1 - (1 - busy) * ratio  # the utilisation at which the queue is as wanted
+    most = QUEUE_BOOST * running
+    return min(work / room, most) if room > 0 else most
+
+
 def _queue(state: State, config: AutoscaleConfig) -> tuple[float, str]:
-    """How many times too long the queues are (at least 1), and in words."""
-    found = [(1.0, "no queue is too long")]
+    """How long the queues are over what is wanted of them (0: not known), and in words."""
+    found = [(0.0, "")]
     ongoing = state.mean(lambda seen: seen.sample.ongoing)
     if ongoing is not None:
         target = config.target_ongoing_requests

@@ -220,8 +220,31 @@ def test_a_long_queue_adds_servers_though_the_work_does_not() -> None:
 
     decision, _ = decide(_context(0, 8, 0.45, queue_delay_s=0.15), config, None)
 
-    assert decision.replicas == 12
+    assert decision.replicas == 16  # 1 - 0.55 * 1.5 = 0.175 busy would be as wanted: twice at most
     assert decision.reason == "requests wait 0.15 s, 0.1 wanted"
+
+
+def test_a_queue_adds_as_many_as_shorten_it_to_what_is_wanted() -> None:
+    config = replace(CONFIG, upscale_delay_s=0.0, target_utilization=0.9)
+
+    decision, _ = decide(_context(0, 8, 0.75, queue_delay_s=0.2), config, None)
+
+    assert decision.replicas == 12  # waits go as 1 / (1 - u): 0.5 busy halves them
+
+
+def test_two_targets_that_disagree_do_not_add_and_drain_in_turn() -> None:
+    """Work alone wants 8 servers, but their queues would be too long."""
+    config = replace(CONFIG, upscale_delay_s=0.0, downscale_delay_s=30.0, target_utilization=0.85)
+    state, size, sizes = None, 8, []
+    for at in range(200):
+        busy = 6.8 / size
+        waits = 0.04 * busy / (1 - busy)
+        context = _context(at * _EVERY_S, size, busy, queue_delay_s=waits)
+        decision, state = decide(context, config, state)
+        size = decision.replicas
+        sizes.append(size)
+
+    assert set(sizes[20:]) == {10}  # at 0.68 busy they wait 0.085 s
 
 
 def test_a_queue_alone_at_most_doubles_the_servers() -> None:
