@@ -44,8 +44,8 @@ load, first and once the plan is in force, by even division; `dispatched` is of 
 same popularity that go through the router's own `dispatch.plan`, 5,000 pairs a server and layer,
 in one batch, which it divides anew over the copies, preferring servers that a row visits anyhow;
 the lengths of queues, which it heeds too, are not in it. TensorRT-LLM publishes 1.56 before and
-0.11 after for DeepSeek-R1 on 32 GPUs (blog 4, table 1), with a MaxVio of experts of 10.9, which Zipf's
-law has at an exponent of 0.6; that load is real, ours is not.
+0.11 after for DeepSeek-R1 on 32 GPUs (blog 4, table 1), with a MaxVio of experts of 10.9, which
+Zipf's law has at an exponent of 0.6; that load is real, ours is not.
 
 With one slot a server and a copy to spare for every fourth expert (320 servers, 320 slots) no
 placement is even: the hottest expert alone is more than a server's part."""

@@ -4,8 +4,8 @@ The planner divides an expert's rows over its copies, but a router divides each 
 prefers servers that a row visits anyhow (`expertmesh.dispatch`): that saves messages, and may make
 servers less even than planned. So rows are drawn, and dispatched. An expert is chosen by a row at
 most once, so with a share p of the assignments it is among a row's top_k with the probability
-top_k p <= 1: experts are laid out in a random order, each as long as that, and every whole step from
-a random start takes one (systematic sampling).
+top_k p <= 1: experts are laid out in a random order, each as long as that, and every whole step
+from a random start takes one (systematic sampling).
 
 Shapes: B rows, K top_k, L layers, S servers, E experts.
 """
