@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from expertmesh.model import Slot
 
 _log = logging.getLogger(__name__)
 _ROOM = 1.3  # what loading may take over the weights themselves, as at the start
+_REST = 2.0  # times what loading a slot took, before the next: in the background, not at once
 _SPARE_BYTES = 256 << 20  # what other processes of the host may want meanwhile
 
 
@@ -57,11 +59,14 @@ class SlotMover:
             loaded: list[Slot] = []
             try:
                 for slot in missing:
+                    started = time.monotonic()
                     # Reading and hashing take a thread of their own: the device's goes on.
                     weights, digest = await asyncio.to_thread(self._read, slot)
                     await self._runner.call(self._shard.add, slot, weights, digest)
                     loaded.append(slot)
                     del weights
+                    # Requests have the cores to themselves in between.
+                    await asyncio.sleep(_REST * (time.monotonic() - started))
             except BaseException as error:
                 for slot in loaded:
                     await self._runner.call(self._shard.drop, slot)
