@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from expertmesh.errors import (
 )
 from expertmesh.model import Slot
 
-_log = logging.getLogger(__name__)
 _ROOM = 1.3  # what loading may take over the weights themselves, as at the start
 _REST = 2.0  # times what loading a slot took, before the next: in the background, not at once
 _SPARE_BYTES = 256 << 20  # what other processes of the host may want meanwhile
@@ -56,38 +54,36 @@ class SlotMover:
             held = self._shard.slot_digests
             missing = [slot for slot in dict.fromkeys(slots) if slot not in held]
             self._check(missing)
-            loaded: list[Slot] = []
             try:
                 for slot in missing:
                     started = time.monotonic()
                     # Reading and hashing take a thread of their own: the device's goes on.
                     weights, digest = await asyncio.to_thread(self._read, slot)
                     await self._runner.call(self._shard.add, slot, weights, digest)
-                    loaded.append(slot)
                     del weights
                     # Requests have the cores to themselves in between.
                     await asyncio.sleep(_REST * (time.monotonic() - started))
             except BaseException as error:
-                for slot in loaded:
-                    await self._runner.call(self._shard.drop, slot)
+                # Behind an `add` that nobody waits for any more: what it brings goes, too.
+                await self._runner.call(self._drop_held, missing)
                 if isinstance(error, CheckpointError):
                     raise UnavailableError(error.message) from None
                 if isinstance(error, ConfigError):  # of the backend: its device is full
                     raise NoRoomError(error.message) from None
                 raise
-            if loaded:
-                await self._runner.call(self._shard.trim)
             digests = self._shard.slot_digests
             return [digests[slot] for slot in slots]
 
     async def drop(self, slots: Sequence[Slot]) -> None:
         """Holds none of these slots."""
         async with self._lock:
-            held = self._shard.slot_digests
-            for slot in dict.fromkeys(slots):
-                if slot in held:
-                    await self._runner.call(self._shard.drop, slot)
-            await self._runner.call(self._shard.trim)
+            await self._runner.call(self._drop_held, slots)
+
+    def _drop_held(self, slots: Sequence[Slot]) -> None:
+        """On the device thread: drops those of these slots that are held."""
+        for slot in self._shard.slot_digests.keys() & set(slots):
+            self._shard.drop(slot)
+        self._shard.trim()
 
     def _check(self, slots: Sequence[Slot]) -> None:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -248,3 +250,33 @@ def test_old_slots_stay_while_a_router_is_cut_off_and_go_when_it_is_back(
 
     assert 0 in kept
     wait_until(lambda: 0 not in _held(mesh.servers[0]), 10.0, "dropped")
+
+
+def test_a_load_that_is_given_up_while_the_device_takes_a_slot_leaves_none(mesh: LocalMesh) -> None:
+    server, slots = mesh.servers[1], [Slot(LAYER, 0), Slot(LAYER, 1)]
+    before, added = _held(server), threading.Event()
+
+    async def give_up() -> None:
+        gate = threading.Event()
+        blocked = asyncio.ensure_future(server._runner.call(gate.wait))
+        await asyncio.sleep(0)  # the device has been told to wait
+        submit = server._runner._submit
+
+        def note(work: Any) -> None:
+            submit(work)
+            added.set()
+
+        server._runner._submit = note  # type: ignore[method-assign]
+        loading = asyncio.ensure_future(server._mover.load(slots))
+        await asyncio.to_thread(added.wait, 10.0)  # the first slot waits for the device
+        loading.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.wait((blocked, loading))
+        assert loading.cancelled()
+        await server._runner.call(lambda: None)  # whatever waited for the device is done
+
+    loop.run(give_up())
+
+    assert added.is_set()
+    assert _held(server) == before
