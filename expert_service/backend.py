@@ -22,6 +22,11 @@ class Backend(Protocol):
         """Whether `load` takes FP8 weights with their scales, and keeps them so."""
         ...
 
+    @property
+    def any_thread(self) -> bool:
+        """Whether calls may come from several threads, one at a time."""
+        ...
+
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """Takes one expert's weights, in the dtype they shall compute in, or FP8.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -61,6 +62,8 @@ class DeviceRunner:
         self.compute_seconds = Histogram()
         self.rows = 0  # computed since the start
         self._arrivals: SimpleQueue[_Request | _Call | None] = SimpleQueue()
+        self._device = threading.Lock()  # held by whoever uses the shard
+        self._quick = QuickWork(config.inline_compute_s if shard.any_thread else 0.0)
         self._loop = asyncio.get_running_loop()
         self._closed = False
         threading.Thread(target=self._work, name="device", daemon=True).start()
@@ -89,8 +92,10 @@ class DeviceRunner:
             queued_at_ns=time.perf_counter_ns(),
         )
         try:
-            self._submit(job)
-            response = await future
+            response = self._compute_here(job) if self._queued == 1 else None
+            if response is None:
+                self._submit(job)
+                response = await future
         finally:
             self._queued -= 1
         self.queue_seconds.observe(response.queue_us / 1e6)
@@ -119,15 +124,39 @@ class DeviceRunner:
             raise UnavailableError("this expert server is stopping", retry_after_s=1.0)
         self._arrivals.put(work)
 
+    def _compute_here(self, job: _Request) -> ExecuteResponse | None:
+        """The answer, computed on the event loop; None where that is not to be.
+
+        Work that takes less time than two thread hops is done where it is, when nobody waits
+        before it. Raises what `execute` raises.
+        """
+        if not self._quick.expects(job.key, job.rows) or self._closed:
+            return None
+        if not self._device.acquire(blocking=False):
+            return None
+        try:
+            request = job.request
+            tensors = (request.hidden_states, request.expert_ids, request.expert_weights)
+            with torch.inference_mode():
+                job.started_at_ns = time.perf_counter_ns()
+                output = self._shard.execute(request.layer, *tensors)
+            job.compute_ns = time.perf_counter_ns() - job.started_at_ns
+        finally:
+            self._device.release()
+        self._quick.learn(job.key, job.rows, job.compute_ns)
+        job.outputs.append(output)
+        return _response(job)
+
     # What follows runs on the device thread.
 
     def _work(self) -> None:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while self._take_arrivals():
-                pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
-                if pieces:
-                    self._compute(pieces)
+                with self._device:
+                    pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
+                    if pieces:
+                        self._compute(pieces)
 
     def _take_arrivals(self) -> bool:
         """Moves what has arrived into the queue; waits when that is empty. False at the end."""
@@ -137,10 +166,11 @@ class DeviceRunner:
                 if work is None:
                     self._fail_all()
                     return False
-                if isinstance(work, _Call):
-                    self._call(work)
-                elif self._is_valid(work):
-                    self._waiting.push(work)
+                with self._device:
+                    if isinstance(work, _Call):
+                        self._call(work)
+                    elif self._is_valid(work):
+                        self._waiting.push(work)
         except Empty:
             return True
 
@@ -188,6 +218,8 @@ class DeviceRunner:
                 self._settle(job.future, error)
             return
         took_ns = time.perf_counter_ns() - started_at_ns
+        if len(pieces) == 1 and pieces[0].stop == jobs[0].rows:
+            self._quick.learn(jobs[0].key, jobs[0].rows, took_ns)
         for job, piece, output in zip(jobs, pieces, outputs, strict=True):
             job.compute_ns += took_ns
             job.outputs.append(output)
@@ -225,6 +257,29 @@ class DeviceRunner:
     def _settle(self, future: asyncio.Future[Any], outcome: object) -> None:
         with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
             self._loop.call_soon_threadsafe(_set, future, outcome)
+
+
+class QuickWork:
+    """Knows which requests take so little time that a thread hop would be the longer part.
+
+    Measured times of single requests, by kind and size; one slow outlier sends a kind back to the
+    device thread, where it is measured again.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        """Work below `limit_s` is quick; with 0 none is."""
+        self._limit_ns = limit_s * 1e9
+        self._usual_ns: dict[tuple[Hashable, int], float] = {}
+
+    def expects(self, key: Hashable, rows: int) -> bool:
+        """Whether so many rows are expected to be quick; not before they have been measured."""
+        return self._usual_ns.get((key, rows.bit_length()), math.inf) < self._limit_ns
+
+    def learn(self, key: Hashable, rows: int, took_ns: int) -> None:
+        """Notes how long one request took."""
+        size = (key, rows.bit_length())
+        usual = self._usual_ns.get(size, float(took_ns))
+        self._usual_ns[size] = usual + 0.2 * (took_ns - usual)
 
 
 def _set(future: asyncio.Future[Any], outcome: object) -> None:

@@ -110,6 +110,11 @@ class ExpertShard:
         del self._digests[slot]
         self._backend.drop(slot)
 
+    @property
+    def any_thread(self) -> bool:
+        """See Backend."""
+        return self._backend.any_thread
+
     def trim(self) -> None:
         """Gives memory that loads and drops have left over back to the system."""
         _return_free_memory()

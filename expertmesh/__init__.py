@@ -5,6 +5,9 @@
 ...     output = mesh.forward(hidden, layer=3)
 """
 
+from expertmesh.rpc import engine as _engine  # noqa: F401  first: it decides how grpc is imported
+
+# isort: split
 from expertmesh.client import AsyncMesh, Mesh, connect, connect_async
 from expertmesh.config import BalanceConfig
 from expertmesh.errors import (

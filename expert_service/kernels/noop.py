@@ -16,6 +16,7 @@ class NoopBackend:
     """Keeps no weights. Its answers are no model's: it is never chosen by "auto"."""
 
     takes_fp8 = False
+    any_thread = True
 
     @property
     def name(self) -> str:

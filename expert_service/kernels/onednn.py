@@ -87,6 +87,7 @@ class OneDnnBackend:
 
     name = "onednn/cpu"
     takes_fp8 = False
+    any_thread = True
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, threads: int) -> None:
         """Computes in `dtype` where the CPU can, else in float32, with `threads` threads."""

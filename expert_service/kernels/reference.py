@@ -26,6 +26,7 @@ class ReferenceBackend:
 
     name = "reference/cpu"
     takes_fp8 = False
+    any_thread = True
 
     def __init__(self) -> None:
         self._experts: dict[Slot, ExpertWeights] = {}

@@ -58,6 +58,7 @@ class TritonBackend:
         weights are."""
         self.name = f"triton/{device.name}"
         self.takes_fp8 = takes_fp8
+        self.any_thread = False  # streams and graphs belong to the device thread
         self._spec = spec
         self._dtype = dtype
         self._device = device
