@@ -81,27 +81,56 @@ class DeviceRunner:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._queued += 1
-        future: asyncio.Future[ExecuteResponse] = self._loop.create_future()
-        hidden, ids = request.hidden_states, request.expert_ids
-        job = _Request(
-            (request.layer, hidden.dtype, hidden.shape[1:], ids.shape[1:]),
-            len(hidden) if hidden.dim() else 0,
-            request=request,
-            deadline=deadline,
-            future=future,
-            queued_at_ns=time.perf_counter_ns(),
-        )
         try:
-            response = self._compute_here(job) if self._queued == 1 else None
-            if response is None:
-                self._submit(job)
-                response = await future
+            job = self._job(request, deadline)
+            self._submit(job)
+            response = await job.future
         finally:
             self._queued -= 1
+        self._observe(response, job.rows)
+        return response
+
+    def execute_now(self, request: ExecuteRequest) -> ExecuteResponse | None:
+        """Computes one request on the event loop; None where it is to take its turn.
+
+        Work that takes less time than two thread hops is done where it is, when nobody waits for
+        the device or is on it. Raises what `ExpertShard.check` raises.
+        """
+        if self._queued or self._closed:
+            return None
+        job_key, rows = _key(request)
+        if not self._quick.expects(job_key, rows) or not self._device.acquire(blocking=False):
+            return None
+        started_at_ns = time.perf_counter_ns()
+        try:
+            with torch.inference_mode():
+                output = self._shard.execute(
+                    request.layer,
+                    request.hidden_states,
+                    request.expert_ids,
+                    request.expert_weights,
+                )
+        finally:
+            self._device.release()
+        took_ns = time.perf_counter_ns() - started_at_ns
+        self._quick.learn(job_key, rows, took_ns)
+        response = ExecuteResponse(hidden_states=output, compute_us=took_ns // 1000)
+        self._observe(response, rows)
+        return response
+
+    def _job(self, request: ExecuteRequest, deadline: Deadline) -> _Request:
+        return _Request(
+            *_key(request),
+            request=request,
+            deadline=deadline,
+            future=self._loop.create_future(),
+            queued_at_ns=time.perf_counter_ns(),
+        )
+
+    def _observe(self, response: ExecuteResponse, rows: int) -> None:
         self.queue_seconds.observe(response.queue_us / 1e6)
         self.compute_seconds.observe(response.compute_us / 1e6)
-        self.rows += len(request.hidden_states)
-        return response
+        self.rows += rows
 
     @property
     def queued(self) -> int:
@@ -123,29 +152,6 @@ class DeviceRunner:
         if self._closed:
             raise UnavailableError("this expert server is stopping", retry_after_s=1.0)
         self._arrivals.put(work)
-
-    def _compute_here(self, job: _Request) -> ExecuteResponse | None:
-        """The answer, computed on the event loop; None where that is not to be.
-
-        Work that takes less time than two thread hops is done where it is, when nobody waits
-        before it. Raises what `execute` raises.
-        """
-        if not self._quick.expects(job.key, job.rows) or self._closed:
-            return None
-        if not self._device.acquire(blocking=False):
-            return None
-        try:
-            request = job.request
-            tensors = (request.hidden_states, request.expert_ids, request.expert_weights)
-            with torch.inference_mode():
-                job.started_at_ns = time.perf_counter_ns()
-                output = self._shard.execute(request.layer, *tensors)
-            job.compute_ns = time.perf_counter_ns() - job.started_at_ns
-        finally:
-            self._device.release()
-        self._quick.learn(job.key, job.rows, job.compute_ns)
-        job.outputs.append(output)
-        return _response(job)
 
     # What follows runs on the device thread.
 
@@ -257,6 +263,13 @@ class DeviceRunner:
     def _settle(self, future: asyncio.Future[Any], outcome: object) -> None:
         with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
             self._loop.call_soon_threadsafe(_set, future, outcome)
+
+
+def _key(request: ExecuteRequest) -> tuple[Hashable, int]:
+    """(what requests that can be computed together have in common, rows)."""
+    hidden, ids = request.hidden_states, request.expert_ids
+    key = (request.layer, hidden.dtype, hidden.shape[1:], ids.shape[1:])
+    return key, len(hidden) if hidden.dim() else 0
 
 
 class QuickWork:

@@ -52,7 +52,11 @@ class ExpertServicer:
         self._host = host
         self._runner = runner
         self._protocol = FrameProtocol(
-            messages.EXECUTE_REQUEST, messages.EXECUTE_RESPONSE, self.execute, admission
+            messages.EXECUTE_REQUEST,
+            messages.EXECUTE_RESPONSE,
+            self.execute,
+            admission,
+            self.execute_now,
         )
 
     def handlers(self) -> dict[str, Any]:
@@ -87,6 +91,15 @@ class ExpertServicer:
 
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
         """See expert.proto."""
+        self._check(request)
+        return await self._runner.execute(request, deadline)
+
+    def execute_now(self, request: ExecuteRequest) -> ExecuteResponse | None:
+        """The same at once; None where the device's turn has to be waited for."""
+        self._check(request)
+        return self._runner.execute_now(request)
+
+    def _check(self, request: ExecuteRequest) -> None:
         if self._host.state != "ready":
             raise UnavailableError(f"this expert server is {self._host.state}", retry_after_s=1.0)
         if request.epoch < self._host.oldest_epoch:
@@ -94,4 +107,3 @@ class ExpertServicer:
                 f"epoch {request.epoch} is older than {self._host.oldest_epoch}, the oldest in "
                 "use: take the newest placement and plan again"
             )
-        return await self._runner.execute(request, deadline)

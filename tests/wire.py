@@ -142,10 +142,12 @@ def devices_held(mesh: LocalMesh) -> Iterator[None]:
 def wait_until_idle(mesh: LocalMesh) -> None:
     """Until nothing is in flight anywhere; fails when something has leaked."""
     servers = [*mesh.routers, *mesh.servers]
-    wait_until(
-        lambda: all(
+
+    def idle() -> bool:
+        queues = [queue for router in mesh.routers for queue in router.router.queues]
+        # A request given up leaves at once, its batch when its task has noticed.
+        return all(
             (admission(server).frames, admission(server).bytes) == (0, 0) for server in servers
-        ),
-        5.0,
-        "idle",
-    )
+        ) and not any(queue.waiting or queue.running for queue in queues)
+
+    wait_until(idle, 5.0, "idle")

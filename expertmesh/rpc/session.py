@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -116,10 +116,14 @@ class FrameProtocol:
         response_codec: Codec[Any],
         handle: Callable[[Any, Deadline], Awaitable[Any]],
         admission: Admission,
+        handle_now: Callable[[Any], Any] | None = None,
     ) -> None:
+        """`handle_now` may answer a request at once, without waiting for anything; None from it
+        leaves the request to `handle`."""
         self.request_codec = request_codec
         self.response_codec = response_codec
         self.handle = handle
+        self.handle_now = handle_now
         self.admission = admission
 
 
@@ -243,8 +247,11 @@ class FrameSession:
         self._start_if_complete(message.frame_id, frame, group)
 
     def _start_if_complete(self, frame_id: int, frame: _Frame, group: asyncio.TaskGroup) -> None:
-        if frame.pending.hidden_states.complete:
-            frame.task = group.create_task(self._answer(frame_id, frame))
+        if not frame.pending.hidden_states.complete:
+            return
+        request = frame.pending.finish()
+        if not self._answered_now(frame_id, frame, request):
+            frame.task = group.create_task(self._answer(frame_id, frame, request))
 
     def _expire(self, frame_id: int) -> None:
         frame = self._frames[frame_id]
@@ -272,17 +279,38 @@ class FrameSession:
         if frame.task is not None:
             frame.task.cancel()
 
-    async def _answer(self, frame_id: int, frame: _Frame) -> None:
+    def _answered_now(self, frame_id: int, frame: _Frame, request: Any) -> bool:
+        """Whether the request could be answered at once: then no task is made for it."""
+        protocol = self._protocol
+        if protocol.handle_now is None:
+            return False
+        try:
+            response = protocol.handle_now(request)
+            if response is None:
+                return False
+            messages = frames.encode(protocol.response_codec, response, frame_id)
+            self._send(frame_id, frame, messages, OK)
+        except Exception as failure:
+            self._send_error(frame_id, frame, failure)
+        return True
+
+    async def _answer(self, frame_id: int, frame: _Frame, request: Any) -> None:
         protocol = self._protocol
         try:
-            request = frame.pending.finish()
             response = await answer(protocol.handle, request, frame.deadline)
             messages = frames.encode(protocol.response_codec, response, frame_id)
-            outcome = OK
         except Exception as failure:
-            error = failure if isinstance(failure, MeshError) else internal(failure)
-            messages = iter((frames.encode_error(frame_id, error),))
-            outcome = error.reason
+            self._send_error(frame_id, frame, failure)
+        else:
+            self._send(frame_id, frame, messages, OK)
+
+    def _send_error(self, frame_id: int, frame: _Frame, failure: Exception) -> None:
+        error = failure if isinstance(failure, MeshError) else internal(failure)
+        messages = iter((frames.encode_error(frame_id, error),))
+        self._send(frame_id, frame, messages, error.reason)
+
+    def _send(self, frame_id: int, frame: _Frame, messages: Iterator[bytes], outcome: str) -> None:
+        protocol = self._protocol
         if self._frames.pop(frame_id, None) is not None:
             if frame.timer is not None:
                 frame.timer.cancel()

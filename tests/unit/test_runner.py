@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expert_service.kernels.reference import ReferenceBackend
-from expert_service.runner import DeviceRunner
+from expert_service.runner import DeviceRunner, QuickWork
 from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
@@ -221,3 +221,73 @@ def test_a_call_that_raises_tells_its_caller_and_the_thread_goes_on() -> None:
         return (await _submit(runner, _request(2, 0))).hidden_states.shape
 
     assert _run(scenario) == (2, H)
+
+
+def _now(runner: DeviceRunner, request: ExecuteRequest) -> ExecuteResponse | None:
+    """`execute_now` once the device thread, which answers first, has let go of the shard."""
+    with runner._device:
+        pass
+    return runner.execute_now(request)
+
+
+def test_work_that_is_quick_is_done_on_the_event_loop_once_that_is_known() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        gate.set()
+        request = _request(1, seed=1)
+        before = runner.execute_now(request)
+        for _ in range(3):
+            await runner.execute(request, Deadline.after(30.0))
+        return before, _now(runner, request), _expected(shard, request), runner.rows
+
+    before, now, expected, rows = _run(scenario, inline_compute_s=10.0)
+
+    assert before is None  # nobody knows yet how long it takes
+    torch.testing.assert_close(now.hidden_states, expected)
+    assert rows == 4
+
+
+def test_nothing_is_done_on_the_event_loop_while_the_device_is_in_use() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        gate.set()
+        request = _request(1, seed=1)
+        await runner.execute(request, Deadline.after(30.0))
+        in_use, release = threading.Event(), threading.Event()
+        held = asyncio.ensure_future(runner.call(lambda: in_use.set() or release.wait()))
+        await asyncio.to_thread(in_use.wait)
+        during = runner.execute_now(request)
+        waiting = _submit(runner, request)
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(held, waiting)
+        return during, _now(runner, request)
+
+    during, after = _run(scenario, inline_compute_s=10.0)
+
+    assert during is None
+    assert after is not None
+
+
+def test_a_bad_request_is_refused_on_the_event_loop_too() -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        gate.set()
+        await runner.execute(_request(1, seed=1), Deadline.after(30.0))
+        bad = _request(1, seed=2)
+        bad.expert_ids = torch.tensor([[0, E + 3]], dtype=torch.int32)
+        with pytest.raises(SlotNotHeldError):
+            _now(runner, bad)
+        return _now(runner, _request(1, seed=3))
+
+    assert _run(scenario, inline_compute_s=10.0) is not None
+
+
+def test_one_slow_outlier_sends_work_back_to_the_device_thread_until_it_is_quick_again() -> None:
+    quick = QuickWork(1e-4)
+    quick.learn("layer", 1, 50_000)
+    assert quick.expects("layer", 1)
+    assert not quick.expects("layer", 2)
+
+    quick.learn("layer", 1, 1_000_000)
+    assert not quick.expects("layer", 1)
+    for _ in range(10):
+        quick.learn("layer", 1, 50_000)
+    assert quick.expects("layer", 1)
