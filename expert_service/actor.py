@@ -14,7 +14,7 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.errors import CheckpointError, MeshError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc import loop
-from expertmesh.rpc.process import setup_logging
+from expertmesh.rpc.process import keep_what_is_loaded, setup_logging
 
 _log = logging.getLogger(__name__)
 _REOPEN_PAUSE_S = 2.0  # a file system that is not mounted yet may be so soon
@@ -84,6 +84,7 @@ class ExpertServerHost:
             self._failure = type(error)(f"node {self._node}: {error.message}")
             _log.error("%s: %s", options.server_id, self._failure.message)
         else:
+            keep_what_is_loaded()
             self._failure, self._server = None, server
 
     def endpoint(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -48,6 +49,7 @@ async def run_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await service.start()
+    keep_what_is_loaded()
     on_started()
     stopped = asyncio.ensure_future(stop.wait())
     waits: list[asyncio.Future[Any]] = [stopped]
@@ -61,6 +63,16 @@ async def run_until_signal(
             outcome = future.result()
             if isinstance(outcome, MeshError):
                 raise outcome
+
+
+def keep_what_is_loaded() -> None:
+    """Tells the garbage collector that modules stay.
+
+    A full collection looks at some 180,000 objects of torch's modules and held a process up for 70
+    to 180 ms, whatever it was answering; frozen, it takes microseconds.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def exit_code(main: Callable[[], None]) -> int:
