@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from expert_service.device_queue import DeviceQueue, Job, Piece
+from expert_service.device_use import DeviceUse
 from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
@@ -57,6 +58,7 @@ class DeviceRunner:
         self._max_queue = config.max_queue
         self._waiting = DeviceQueue(config.merge_rows, config.block_rows)
         self._queued = 0
+        self.use = DeviceUse()
         self.queue_seconds = Histogram()
         self.compute_seconds = Histogram()
         self.rows = 0  # computed since the start
@@ -78,6 +80,7 @@ class DeviceRunner:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._queued += 1
+        self.use.enter()
         future: asyncio.Future[ExecuteResponse] = self._loop.create_future()
         hidden, ids = request.hidden_states, request.expert_ids
         job = _Request(
@@ -93,6 +96,7 @@ class DeviceRunner:
             response = await future
         finally:
             self._queued -= 1
+            self.use.leave()
         self.queue_seconds.observe(response.queue_us / 1e6)
         self.compute_seconds.observe(response.compute_us / 1e6)
         self.rows += len(request.hidden_states)
@@ -188,6 +192,7 @@ class DeviceRunner:
                 self._settle(job.future, error)
             return
         took_ns = time.perf_counter_ns() - started_at_ns
+        self.use.worked(took_ns)
         for job, piece, output in zip(jobs, pieces, outputs, strict=True):
             job.compute_ns += took_ns
             job.outputs.append(output)
