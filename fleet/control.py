@@ -7,12 +7,15 @@ how it answers others. So what operators do goes to the controller's own address
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
 import grpc.aio
+import numpy as np
+import numpy.typing as npt
 
+from expertmesh.client import connect
 from expertmesh.errors import InvalidRequestError
 from expertmesh.rpc import loop, status
 from expertmesh.rpc.channel import open_channel
@@ -20,6 +23,7 @@ from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
 from load_controller.planner import Move
 
+LayerCounts = npt.NDArray[np.int64]  # [E]
 _TIMEOUT_S = 5.0
 _POLL_S = 0.02
 _MIGRATE_S = 3600.0  # gigabytes from slow disks; the migration goes on when nobody waits
@@ -107,6 +111,23 @@ def take_lease(address: str, owner: str, seconds: float, report: pb.ScalingRepor
     """
     request = pb.TakeLeaseRequest(owner=owner, seconds=seconds, report=report)
     return int(loop.run(_call(address, "TakeLease", request)).fence)
+
+
+def counts(address: str) -> dict[int, LayerCounts]:
+    """Assignments of either gate so far, by layer."""
+    return {
+        entry.layer: np.array(entry.counts, np.int64)
+        + np.array(entry.caller_gated_counts or [0] * len(entry.counts), np.int64)
+        for entry in cluster_load(address).layers
+    }
+
+
+def address_of(controller: str, router: Callable[[], str]) -> str:
+    """The load controller's address: the one given, or that which a router names."""
+    if controller:
+        return controller
+    with connect(router(), timeout=_TIMEOUT_S) as mesh:
+        return mesh.status().controller
 
 
 def cluster_load(address: str) -> pb.GetClusterLoadResponse:

@@ -44,6 +44,11 @@ class Member:
         """Whether it will. One that has failed counts, so that the next is asked for in time."""
         return self.is_ours and self.state in ("asked", "loading", "lost", "failed")
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it still ends requests. One that has ended is only remembered for a while."""
+        return self.is_ours and self.state == "draining"
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -98,7 +103,7 @@ def next_steps(
         return (*ends, *_starts(left, -surplus, plan, counts))
     cancelled = _cancelled(starting, running)[:surplus]
     ends += [End(name, "fewer servers are wanted") for name in cancelled]
-    if surplus > len(cancelled) and not any(member.state == "draining" for member in left):
+    if surplus > len(cancelled) and not any(member.is_leaving for member in left):
         return (*ends, _drain(running, plan.room, counts))
     return tuple(ends)
 
@@ -107,7 +112,7 @@ def _is_over(member: Member) -> str:
     """Why an actor shall be ended, empty when it shall not."""
     if member.is_ours and member.state == "failed" and member.for_s > FAILED_S:
         return "it could not load; another is asked for"
-    if member.is_ours and member.state == "draining" and member.for_s > DRAIN_S:
+    if member.is_leaving and member.for_s > DRAIN_S:
         return "it has drained"
     return ""
 

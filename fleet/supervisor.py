@@ -15,8 +15,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Protocol
 
-import numpy as np
-
 from expertmesh.codec.slots import slots_of
 from expertmesh.config import AutoscaleConfig
 from expertmesh.errors import LeaseLostError, MeshError
@@ -110,7 +108,7 @@ class Supervisor:
         fleet = control.get_fleet(self._controller)
         members = self._members(fleet, self._servers.names())
         decision = self._decide(fleet, members)
-        counts = self._counts()
+        counts = control.counts(self._controller)
         steps = next_steps(members, decision.replicas, self._plan, counts)
         for step in steps:
             self._do(step)
@@ -162,14 +160,6 @@ class Supervisor:
         self.report.replicas, self.report.reason = decision.replicas, decision.reason
         self.report.starting = starting
         return decision
-
-    def _counts(self) -> Counts:
-        load = control.cluster_load(self._controller)
-        return {
-            entry.layer: np.array(entry.counts, np.int64)
-            + np.array(entry.caller_gated_counts or [0] * len(entry.counts), np.int64)
-            for entry in load.layers
-        }
 
     def _do(self, step: Step) -> None:
         self._require_lease()

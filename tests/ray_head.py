@@ -84,7 +84,7 @@ def autoscaled_head(max_workers: int, idle_s: float) -> Iterator[Head]:
         config.write_text(json.dumps(_config(address, max_workers, idle_s)))
         command = [
             str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}",
-            f"--temp-dir={folder / 'ray'}", f"--autoscaling-config={config}", "--num-cpus=1",
+            f"--temp-dir={folder / 'ray'}", f"--autoscaling-config={config}", "--num-cpus=2",
             '--resources={"expert_slot": 1}', "--include-dashboard=false",
             "--object-store-memory=100000000", "--disable-usage-stats", "--block",
             "--min-worker-port=0", "--max-worker-port=0",
@@ -139,7 +139,7 @@ def _config(address: str, max_workers: int, idle_s: float) -> dict[str, Any]:
         "auth": {},
         "available_node_types": {
             "ray.head.default": {
-                "resources": {"CPU": 1, "expert_slot": 1},
+                "resources": {"CPU": 2, "expert_slot": 1},
                 "node_config": {},
                 "min_workers": 0,
                 "max_workers": 0,
