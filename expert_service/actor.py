@@ -22,8 +22,7 @@ _log = logging.getLogger(__name__)
 _REOPEN_PAUSE_S = 2.0  # a file system that is not mounted yet may be so soon
 #: The Ray name of the actor that adds and removes servers.
 SUPERVISOR = "supervisor"
-ORPHAN_S = 60.0  # without one: whoever launched this server may come back so soon, restarted
-_LOOK_S = 5.0
+_LOOK_S = 5.0  # between two looks for the supervisor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +42,7 @@ class ExpertServerOptions:
     metrics_port: int | None = None  # 0 for any free one; None for no metrics
     #: Of a server that outlives whoever made it: the Ray namespace whose supervisor must be there.
     namespace: str = ""
+    orphan_s: float = 60.0  # without one: whoever launched it may come back so soon, restarted
 
 
 class ExpertServerHost:
@@ -165,8 +165,9 @@ class ExpertServerActor(ExpertServerHost):
         Ray knows the supervisor's name while it runs, and while Ray restarts it.
         """
         missed_at: float | None = None
-        while missed_at is None or time.monotonic() - missed_at < ORPHAN_S:
-            time.sleep(_LOOK_S)
+        orphan_s = self._options.orphan_s
+        while missed_at is None or time.monotonic() - missed_at < orphan_s:
+            time.sleep(min(_LOOK_S, orphan_s / 2))
             try:
                 ray.get_actor(SUPERVISOR, namespace=self._options.namespace)
                 missed_at = None
@@ -174,6 +175,6 @@ class ExpertServerActor(ExpertServerHost):
                 missed_at = missed_at or time.monotonic()
             except Exception as error:  # Ray itself is away: that says nothing of the supervisor
                 _log.warning("looking for the supervisor: %s", error)
-        _log.warning("no supervisor for %.0f s: this server ends", ORPHAN_S)
+        _log.warning("no supervisor for %.0f s: this server ends", orphan_s)
         self.stop()
         self._end()

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
 from expertmesh.config import AutoscaleConfig, BalanceConfig
-from expertmesh.errors import ConfigError, DeadlineError, MeshError, UnavailableError
+from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
 from expertmesh.placement import initial_parts
 from expertmesh.v1 import router_pb2
@@ -31,6 +31,7 @@ from fleet.arguments import check_autoscale, check_choices, check_counts, checke
 from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
 from fleet.ports import metrics_ports
 from fleet.ray_session import RaySession
+from fleet.ready import Progress, get, has_ended, wait_ready
 from fleet.resources import (
     SERVICE_CPUS,
     Node,
@@ -44,9 +45,8 @@ from fleet.supervisor_actor import SUPERVISOR, SupervisorActor, SupervisorOption
 
 _POLL_S = 0.1
 _FREE_S = 5.0  # what a cluster that has just ended held is free again within this
+_ANSWER_S = 5.0  # a server that has started answers within this
 _STOP_S = 15.0  # a stopping actor may take this long to drain before it is killed
-
-Progress = Callable[[router_pb2.GetStatusResponse], None]
 
 
 class Cluster:
@@ -79,9 +79,20 @@ class Cluster:
         self._started = actors
 
     def endpoints(self) -> dict[str, str]:
-        """ "host:port" of every expert server, by server id."""
+        """ "host:port" of every expert server, by server id.
+
+        Those that were drained are left out; where a supervisor adds servers, also those that have
+        not started yet.
+        """
         asked = {name: actor.endpoint.remote() for name, actor in self.servers.items()}
-        return {name: _get(ref, f"expert server {name}") for name, ref in asked.items()}
+        if self.roster is not None:
+            up, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+            asked = {name: ref for name, ref in asked.items() if ref in up}
+        return {
+            name: get(ref, f"expert server {name}")
+            for name, ref in asked.items()
+            if not has_ended(ref)
+        }
 
     def status(self) -> router_pb2.GetStatusResponse:
         """A router's view of the cluster."""
@@ -219,7 +230,7 @@ def launch(
         if controller:
             wait_loaded(cluster._started, progress, patience_s=patience_s)
         else:
-            _wait_ready(cluster, progress, patience_s)
+            wait_ready(cluster._started, cluster.addresses, progress, patience_s)
             _remember(cluster, command)
     except BaseException:
         cluster.close()
@@ -294,7 +305,7 @@ def _start_services(
     cluster.controller = LoadControllerActor.options(**options).remote(  # type: ignore[attr-defined]
         str(cluster._folder / "controller.sqlite"), balance, host, metrics[0]
     )
-    cluster.controller_address = _get(cluster.controller.address.remote(), "the load controller")
+    cluster.controller_address = get(cluster.controller.address.remote(), "the load controller")
     for index in range(routers):
         router_options = RouterOptions(
             checkpoint=str(path),
@@ -308,7 +319,7 @@ def _start_services(
         )
         router = RouterActor.options(**options).remote(router_options)  # type: ignore[attr-defined]
         cluster.routers.append(router)
-    cluster.addresses = [_get(router.address.remote(), "a router") for router in cluster.routers]
+    cluster.addresses = [get(router.address.remote(), "a router") for router in cluster.routers]
 
 
 def _beside_us() -> dict[str, Any]:
@@ -352,87 +363,6 @@ def start_servers(
         options = replace(template, slots=tuple(part), server_id=server_id, metrics_port=port)
         servers[server_id] = actor.remote(options)
     return servers
-
-
-def _get(ref: Any, what: str) -> Any:
-    try:
-        return ray.get(ref, timeout=STALLED_S)
-    except ray.exceptions.RayTaskError as error:
-        raise _cause(error, what) from None
-    except ray.exceptions.GetTimeoutError:
-        raise ConfigError(
-            f"Ray has not started {what} for {STALLED_S:.0f} s: its CPUs may be in use by others; "
-            "see `ray status`"
-        ) from None
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"{what} could not start: {error}") from None
-
-
-def _cause(error: ray.exceptions.RayTaskError, what: str) -> MeshError:
-    cause = error.cause
-    return cause if isinstance(cause, MeshError) else ConfigError(f"{what} failed: {error}")
-
-
-def _wait_ready(cluster: Cluster, progress: Progress | None, patience_s: float) -> None:
-    """Until every router can ask for every expert. Raises what a server says it failed of, and
-    ConfigError when nothing moves for `patience_s`."""
-    servers = cluster._started  # more may come, and are not waited for
-    asked = {name: actor.endpoint.remote() for name, actor in servers.items()}
-    started: set[str] = set()
-    waiting = list(cluster.addresses)
-    last: object = None
-    moved_at = time.monotonic()
-    while waiting:
-        for name in [name for name in asked if ray.wait([asked[name]], timeout=0)[0]]:
-            _get(asked[name], f"expert server {name}")
-            started.add(name)
-            asked[name] = servers[name].endpoint.remote()  # it may yet fail
-        status = _status_of(waiting[0])
-        if progress is not None:
-            progress(status or router_pb2.GetStatusResponse())
-        if status is not None:
-            _raise_failure(status)
-            ready = sum(server.state == "ready" and server.connected for server in status.servers)
-            if status.ready and ready == len(servers):
-                waiting.pop(0)
-                continue
-        now = (len(started), [] if status is None else [
-            (server.state, server.loaded_bytes, server.connected) for server in status.servers
-        ])  # fmt: skip
-        if now != last:
-            last, moved_at = now, time.monotonic()
-        if time.monotonic() - moved_at > patience_s:
-            absent = sorted(servers.keys() - started)
-            raise ConfigError(_stalled(absent, status, patience_s))
-        time.sleep(_POLL_S)
-
-
-def _status_of(address: str) -> router_pb2.GetStatusResponse | None:
-    try:
-        with connect(address, timeout=5.0) as mesh:
-            return mesh.status()
-    except (UnavailableError, DeadlineError):
-        return None  # starting or busy: asked again
-
-
-def _raise_failure(status: router_pb2.GetStatusResponse) -> None:
-    for server in status.servers:
-        if server.state == "failed":
-            raise ConfigError(
-                f"expert server {server.server_id} on node {server.node}: {server.error}"
-            )
-
-
-def _stalled(
-    absent: Sequence[str], status: router_pb2.GetStatusResponse | None, after_s: float
-) -> str:
-    if absent:
-        return (
-            f"Ray has not started {', '.join(absent)} for {after_s:.0f} s: their CPUs, GPUs "
-            "or memory may be in use by others; see `ray status`"
-        )
-    reason = "the router does not answer" if status is None else status.reason
-    return f"nothing has moved for {after_s:.0f} s while starting: {reason}"
 
 
 def _stop_all(actors: Sequence[Any]) -> None:

@@ -90,10 +90,11 @@ class Supervisor:
             try:
                 self.turn()
                 pause_s, self.report.problem = TURN_S, ""
-            except Exception as error:
+            except Exception as error:  # also what Ray raises: none of it may end the loop
+                ours = isinstance(error, MeshError)
                 said = error.message if isinstance(error, MeshError) else repr(error)
                 if said != self.report.problem:
-                    _log.warning("scaling: %s; tried again", said, exc_info=not said)
+                    _log.warning("scaling: %s; it is tried again", said, exc_info=not ours)
                 self.report.problem = said
                 pause_s = min(2 * pause_s, MOST_PAUSE_S)
             stopped.wait(pause_s)

@@ -6,16 +6,20 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import psutil
 import pytest
 import ray
 import torch
 
 from expertmesh.config import AutoscaleConfig
+from expertmesh.model import Slot
 from expertmesh.v1 import control_pb2 as pb
 from fleet import control, launch
 from fleet.launch import Cluster
+from fleet.resources import Request
+from fleet.roster import Roster
 from tests.checkpoints import make_checkpoint
 from tests.load import Load
 from tests.mesh import wait_until
@@ -142,3 +146,20 @@ def test_a_supervisor_killed_in_the_middle_of_a_step_is_followed_by_one_that_goe
     assert ray.get(running.cluster.supervisor.pid.remote()) != victim
     assert rush.outcome.errors == []
     assert rush.outcome.wrong == []
+
+
+def test_a_server_whose_launcher_has_gone_ends_by_itself(running: Running) -> None:
+    roster = running.cluster.roster
+    assert roster is not None
+    orphans = Roster(
+        namespace="nobody-supervises-this",
+        request=Request(cpus=0.5, memory_bytes=1 << 28, gpus=0, threads=1),
+        template=replace(roster.template, orphan_s=2.0),
+    )
+    actor = orphans.start("orphan", [Slot(1, 0)])
+    pid = ray.get(actor.pid.remote())
+    there = orphans.names()
+
+    wait_until(lambda: orphans.names() == set(), DOWN_S, "ended")
+    wait_until(lambda: not psutil.pid_exists(pid), DOWN_S, "its process gone")
+    assert there == {"orphan"}

@@ -23,6 +23,7 @@ from fleet.cli import main
 from fleet.moves_away import moves_away
 from fleet.scaling import ServerPlan
 from fleet.supervisor import Supervisor
+from tests import processes
 from tests.checkpoints import make_checkpoint
 from tests.load import Load
 from tests.mesh import LocalMesh, local_mesh, start_server_holding, wait_until
@@ -278,3 +279,19 @@ def test_moves_of_a_running_cluster_cover_what_the_server_alone_holds(mesh: Loca
     moves = moves_away("s0r0", holds, {}, room)
 
     assert {Slot(m.layer, m.expert) for m in moves} == set(parts[0]) - set(parts[1])
+
+
+def test_a_service_that_is_drained_ends_with_0(
+    checkpoint: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    with processes.cluster(checkpoint[0], tmp_path, shards=1, replicas=2) as cluster:
+        control.begin_drain(cluster.controller.address, "s0r1", ()).result()
+        code = cluster.servers["s0r1"].process.wait(_SETTLE_S)
+        with expertmesh.connect(cluster.router.address) as client:
+            hidden = torch.randn(8, client.describe().hidden_size)
+            answered = client.forward(hidden, 1)
+
+    with torch.no_grad():
+        expected = checkpoint[1].model.layers[1].mlp(hidden[None])[0]  # type: ignore[union-attr,index]
+    torch.testing.assert_close(answered, expected, rtol=1e-4, atol=1e-5)
+    assert code == 0
