@@ -59,7 +59,6 @@ class LoadController:
         self._heard_at: dict[str, float] = {}
         self._device_loads: dict[str, pb.DeviceLoad] = {}
         self.scaling = Scaling(store)
-        self.scaling_report = pb.ScalingReport()
         self._routers: dict[str, _Router] = {}
         self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
@@ -257,22 +256,9 @@ class LoadController:
 
     def fleet(self, now: float) -> pb.GetFleetResponse:
         """Every server, and how many there may be."""
-        bounds = self.scaling.bounds
-        return pb.GetFleetResponse(
-            servers=[
-                pb.FleetServer(
-                    server=entry.server,
-                    layers=layer_slots(self._holdings.shown(entry)),
-                    load=self._device_loads.get(server_id),
-                )
-                for server_id, entry in sorted(self._servers.items())
-            ],
-            epoch=self.epoch,
-            bounds=pb.ServerBounds(
-                min_replicas=bounds.min_replicas, max_replicas=bounds.max_replicas
-            ),
-            lease_owner=self.scaling.holder(now),
-            report=self.scaling_report,
+        shown = {name: self._holdings.shown(entry) for name, entry in self._servers.items()}
+        return messages.fleet(
+            self._servers, shown, self._device_loads, self.epoch, self.scaling, now
         )
 
     def endpoint(self, server_id: str) -> str:

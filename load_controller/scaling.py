@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 
 from expertmesh.errors import InvalidRequestError, LeaseLostError
+from expertmesh.v1 import control_pb2 as pb
 from load_controller.store import Store
 
 #: After a restart the last owner has so long to come back before another may take over.
@@ -35,6 +36,7 @@ class Scaling:
         self.owner = store.meta("lease_owner") or ""
         self.fence = int(store.meta("lease_fence") or 0)
         self.bounds = Bounds(**json.loads(store.meta("server_bounds") or "{}"))
+        self.report = pb.ScalingReport()  # what the owner last said of itself
         self._until: float | None = None  # None: not since the restart
 
     def take(self, owner: str, seconds: float, now: float) -> int:

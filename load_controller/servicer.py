@@ -216,9 +216,9 @@ class ControlServicer:
         self, request: pb.TakeLeaseRequest, deadline: Deadline
     ) -> pb.TakeLeaseResponse:
         """See control.proto."""
-        controller = self._controller
-        fence = controller.scaling.take(request.owner, request.seconds, time.monotonic())
-        controller.scaling_report = request.report
+        scaling = self._controller.scaling
+        fence = scaling.take(request.owner, request.seconds, time.monotonic())
+        scaling.report = request.report
         return pb.TakeLeaseResponse(fence=fence)
 
 
