@@ -126,15 +126,16 @@ def _cancelled(starting: Sequence[Member], running: Sequence[Member]) -> list[st
 
 
 def _drain(running: Sequence[Member], room: Room, counts: Counts) -> Drain:
-    """The server that can go with the least to move: an added one before one of the launch's, and
-    one that is alone on its node, which can then go, too."""
+    """The server that can go with the least to move: one of ours before one that somebody has
+    started by hand, an added one before one of the launch's, and one that is alone on its node,
+    which can then go, too."""
     holds = {member.name: member.holds for member in running}
     on_node = {m.name: sum(other.node == m.node for other in running) for m in running}
 
     def cost(member: Member) -> tuple[object, ...]:
         return (
-            not member.is_ours,
             len(last_copies(member.name, holds)),
+            not member.is_ours,
             not member.name.startswith(PREFIX),
             on_node[member.name],
             -_number(member.name),

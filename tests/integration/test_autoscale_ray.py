@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import psutil
@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 
+from expertmesh import DeadlineError, UnavailableError
 from expertmesh.config import AutoscaleConfig
 from expertmesh.model import Slot
 from expertmesh.v1 import control_pb2 as pb
@@ -22,12 +23,12 @@ from fleet.resources import Request
 from fleet.roster import Roster
 from tests.checkpoints import make_checkpoint
 from tests.load import Load
-from tests.mesh import wait_until
 from tests.ray_head import Head, autoscaled_head, nodes_alive
 
 pytestmark = pytest.mark.ray
 UP_S = 30.0  # from the first request of the load to an answer of the new node's server
 DOWN_S = 60.0
+_LOOK_S = 0.2
 _CONFIG = AutoscaleConfig(
     min_replicas=1,
     max_replicas=2,
@@ -77,6 +78,22 @@ class Running:
         )
 
 
+def _wait_until(holds: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Polls, at leisure: the machine has the cluster's requests to answer, and its nodes to start.
+
+    A look that the load controller has no time for is not one.
+    """
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            if holds():
+                return
+        except (UnavailableError, DeadlineError):
+            pass
+        assert time.monotonic() < end, f"not {what} within {timeout_s} s"
+        time.sleep(_LOOK_S)
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = tmp_path_factory.mktemp("checkpoint")
@@ -100,20 +117,20 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def test_load_brings_a_node_that_serves_and_its_end_takes_it_away_again(
     running: Running,
 ) -> None:
-    wait_until(running.is_calm, DOWN_S, "calm")
+    _wait_until(running.is_calm, DOWN_S, "calm")
     with running.load(clients=1, rows=1) as trickle:
         trickle.wait_right(20, 30.0)
         began = time.monotonic()
-        with running.load(clients=8, rows=16) as rush:
-            wait_until(nodes_alive, UP_S, "a node added")
+        with running.load(clients=4, rows=16) as rush:
+            _wait_until(nodes_alive, UP_S, "a node added")
             node_s = time.monotonic() - began
-            wait_until(lambda: running.answered("auto-1") > 0, UP_S, "served by the new node")
+            _wait_until(lambda: running.answered("auto-1") > 0, UP_S, "served by the new node")
             serving_s = time.monotonic() - began
             rush.wait_right(50, 30.0)
         ended = time.monotonic()
-        wait_until(lambda: "auto-1" not in running.ready(), DOWN_S, "drained")
+        _wait_until(lambda: "auto-1" not in running.ready(), DOWN_S, "drained")
         drained_s = time.monotonic() - ended
-        wait_until(lambda: nodes_alive() == [], DOWN_S, "the node removed")
+        _wait_until(lambda: nodes_alive() == [], DOWN_S, "the node removed")
         gone_s = time.monotonic() - ended
         trickle.wait_right(20, 30.0)
 
@@ -130,17 +147,17 @@ def test_load_brings_a_node_that_serves_and_its_end_takes_it_away_again(
 def test_a_supervisor_killed_in_the_middle_of_a_step_is_followed_by_one_that_goes_on(
     running: Running,
 ) -> None:
-    wait_until(running.is_calm, DOWN_S, "calm")
+    _wait_until(running.is_calm, DOWN_S, "calm")
     before = running.fleet().lease_owner
     victim = ray.get(running.cluster.supervisor.pid.remote())
-    with running.load(clients=8, rows=16) as rush:
-        wait_until(lambda: len(running.cluster.servers) == 2, UP_S, "a server asked for")
+    with running.load(clients=4, rows=16) as rush:
+        _wait_until(lambda: len(running.cluster.servers) == 2, UP_S, "a server asked for")
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: len(running.ready()) == 2, DOWN_S, "two servers ready")
-        wait_until(lambda: running.fleet().lease_owner not in ("", before), DOWN_S, "a new owner")
+        _wait_until(lambda: len(running.ready()) == 2, DOWN_S, "two servers ready")
+        _wait_until(lambda: running.fleet().lease_owner not in ("", before), DOWN_S, "a new owner")
         rush.wait_right(20, 30.0)
         asked = len(running.cluster.servers)
-    wait_until(running.is_calm, DOWN_S, "one server again")
+    _wait_until(running.is_calm, DOWN_S, "one server again")
 
     assert asked == 2
     assert ray.get(running.cluster.supervisor.pid.remote()) != victim
@@ -154,12 +171,12 @@ def test_a_server_whose_launcher_has_gone_ends_by_itself(running: Running) -> No
     orphans = Roster(
         namespace="nobody-supervises-this",
         request=Request(cpus=0.5, memory_bytes=1 << 28, gpus=0, threads=1),
-        template=replace(roster.template, orphan_s=2.0),
+        template=replace(roster.template, controller="127.0.0.1:1", orphan_s=2.0),
     )
     actor = orphans.start("orphan", [Slot(1, 0)])
     pid = ray.get(actor.pid.remote())
     there = orphans.names()
 
-    wait_until(lambda: orphans.names() == set(), DOWN_S, "ended")
-    wait_until(lambda: not psutil.pid_exists(pid), DOWN_S, "its process gone")
+    _wait_until(lambda: orphans.names() == set(), DOWN_S, "ended")
+    _wait_until(lambda: not psutil.pid_exists(pid), DOWN_S, "its process gone")
     assert there == {"orphan"}

@@ -105,6 +105,16 @@ def test_one_server_too_many_drains_the_one_with_the_least_to_move() -> None:
     assert next_steps((*_TWO, added), 2, _PLAN, _COUNTS) == (Drain("auto-1", ()),)
 
 
+def test_a_server_that_was_started_by_hand_goes_after_ours_but_before_one_that_has_to_move() -> (
+    None
+):
+    by_hand = _ready("mine", _slots(2), ours=False)
+    added = _ready("auto-1", _slots(2, 3))
+
+    assert next_steps((*_TWO, by_hand, added), 3, _PLAN, _COUNTS) == (Drain("auto-1", ()),)
+    assert next_steps((*_TWO, by_hand), 2, _PLAN, _COUNTS) == (Drain("mine", ()),)
+
+
 def test_one_server_drains_at_a_time() -> None:
     two = [_ready("auto-1", _slots(2, 3)), _ready("auto-2", _slots(2, 3))]
     drains = Member(name="auto-3", state="draining", for_s=DRAIN_S / 2)
