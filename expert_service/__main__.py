@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 
 import uvloop
@@ -10,7 +11,7 @@ import uvloop
 from expert_service.server import ExpertServer, Placing
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import RpcConfig
-from expertmesh.errors import ConfigError
+from expertmesh.errors import ConfigError, MeshError
 from expertmesh.placement import initial_parts
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 
@@ -66,8 +67,14 @@ async def _serve(arguments: argparse.Namespace) -> None:
         metrics_port=arguments.metrics_port,
     )
     await run_until_signal(
-        server, lambda: say_listening(server.endpoint, server.metrics_address), server.failed
+        server, lambda: say_listening(server.endpoint, server.metrics_address), _ended(server)
     )
+
+
+async def _ended(server: ExpertServer) -> MeshError | None:
+    """Why the server can never serve, or None once it was told to drain."""
+    await asyncio.wait((server.failed, server.drained), return_when=asyncio.FIRST_COMPLETED)
+    return server.failed.result() if server.failed.done() else None
 
 
 def main(argv: list[str] | None = None) -> int:

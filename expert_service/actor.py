@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
+import time
 from dataclasses import dataclass
 
 import ray
@@ -18,6 +20,9 @@ from expertmesh.rpc.process import keep_what_is_loaded, setup_logging
 
 _log = logging.getLogger(__name__)
 _REOPEN_PAUSE_S = 2.0  # a file system that is not mounted yet may be so soon
+#: The Ray name of the actor that adds and removes servers.
+SUPERVISOR = "supervisor"
+_LOOK_S = 5.0  # between two looks for the supervisor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +40,9 @@ class ExpertServerOptions:
     weights: str = "auto"
     host: str = ""  # address to advertise; empty for the node's
     metrics_port: int | None = None  # 0 for any free one; None for no metrics
+    #: Of a server that outlives whoever made it: the Ray namespace whose supervisor must be there.
+    namespace: str = ""
+    orphan_s: float = 60.0  # without one: whoever launched it may come back so soon, restarted
 
 
 class ExpertServerHost:
@@ -86,6 +94,15 @@ class ExpertServerHost:
         else:
             keep_what_is_loaded()
             self._failure, self._server = None, server
+            self._watching = asyncio.get_running_loop().create_task(self._end_when_drained(server))
+
+    async def _end_when_drained(self, server: ExpertServer) -> None:
+        await server.drained
+        await server.stop()
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
+        """Ends this process for good; a subclass knows how."""
 
     def endpoint(self) -> str:
         """ "host:port" that routers can reach. Raises why there is none, naming the node."""
@@ -135,4 +152,30 @@ class ExpertServerActor(ExpertServerHost):
         setup_logging()
         address = ray.util.get_node_ip_address()
         node_id = ray.get_runtime_context().get_node_id()
+        self._me = ray.get_runtime_context().current_actor
         super().__init__(options, options.host or address, f"{address} ({node_id[:8]})")
+        if options.namespace:
+            threading.Thread(target=self._watch_supervisor, daemon=True).start()
+
+    def _end(self) -> None:
+        ray.kill(self._me, no_restart=True)  # no failure: its node may go, and it does not return
+
+    def _watch_supervisor(self) -> None:
+        """Ends a server that nobody will ever end: whoever launched it has gone.
+
+        Ray knows the supervisor's name while it runs, and while Ray restarts it.
+        """
+        missed_at: float | None = None
+        orphan_s = self._options.orphan_s
+        while missed_at is None or time.monotonic() - missed_at < orphan_s:
+            time.sleep(min(_LOOK_S, orphan_s / 2))
+            try:
+                ray.get_actor(SUPERVISOR, namespace=self._options.namespace)
+                missed_at = None
+            except ValueError:
+                missed_at = missed_at or time.monotonic()
+            except Exception as error:  # Ray itself is away: that says nothing of the supervisor
+                _log.warning("looking for the supervisor: %s", error)
+        _log.warning("no supervisor for %.0f s: this server ends", orphan_s)
+        self.stop()
+        self._end()

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from expert_service.device_queue import DeviceQueue, Job, Piece
+from expert_service.device_use import DeviceUse
 from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
@@ -58,6 +59,7 @@ class DeviceRunner:
         self._max_queue = config.max_queue
         self._waiting = DeviceQueue(config.merge_rows, config.block_rows)
         self._queued = 0
+        self.use = DeviceUse()
         self.queue_seconds = Histogram()
         self.compute_seconds = Histogram()
         self.rows = 0  # computed since the start
@@ -81,12 +83,14 @@ class DeviceRunner:
                 retry_after_s=RETRY_AFTER_S,
             )
         self._queued += 1
+        self.use.enter()
         try:
             job = self._job(request, deadline)
             self._submit(job)
             response = await job.future
         finally:
             self._queued -= 1
+            self.use.leave()
         self._observe(response, job.rows)
         return response
 
@@ -101,6 +105,7 @@ class DeviceRunner:
         job_key, rows = _key(request)
         if not self._quick.expects(job_key, rows) or not self._device.acquire(blocking=False):
             return None
+        self.use.enter()
         started_at_ns = time.perf_counter_ns()
         try:
             with torch.inference_mode():
@@ -112,7 +117,9 @@ class DeviceRunner:
                 )
         finally:
             self._device.release()
+            self.use.leave()
         took_ns = time.perf_counter_ns() - started_at_ns
+        self.use.worked(took_ns)
         self._quick.learn(job_key, rows, took_ns)
         response = ExecuteResponse(hidden_states=output, compute_us=took_ns // 1000)
         self._observe(response, rows)
@@ -224,6 +231,7 @@ class DeviceRunner:
                 self._settle(job.future, error)
             return
         took_ns = time.perf_counter_ns() - started_at_ns
+        self.use.worked(took_ns)
         if len(pieces) == 1 and pieces[0].stop == jobs[0].rows:
             self._quick.learn(jobs[0].key, jobs[0].rows, took_ns)
         for job, piece, output in zip(jobs, pieces, outputs, strict=True):

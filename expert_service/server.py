@@ -117,12 +117,15 @@ class ExpertServer:
                 placing.controller, self._announcement, self._executions, config.announce_every_s
             )
         self.state = "loading"
+        self._stopped = False
         self.error = ""
         self.incarnation = uuid.uuid4().hex
         self._started_at_ns = time.time_ns()
         self._loaded_bytes = 0
         #: Done, with the reason, when this server can never serve: end the process.
         self.failed: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
+        #: Done when this server was told to drain: stop it, then end the process.
+        self.drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def endpoint(self) -> str:
@@ -271,6 +274,7 @@ class ExpertServer:
             started_at_ns=self._started_at_ns,
             layers=layer_slots(self._planned),
             initial_layers=layer_slots(self._initial),
+            load=self._runner.use.message(self._runner.queue_seconds),
         )
 
     def _executions(self) -> control_pb2.ReportExecutionsRequest:
@@ -284,16 +288,29 @@ class ExpertServer:
             ],
         )
 
-    async def stop(self) -> None:
-        """Says that it drains, lets requests in flight end, closes everything; once is enough."""
-        if self.state == "draining":
-            return
-        self._set_state("draining")
+    async def drain(self) -> None:
+        """Says that it drains, and asks whoever runs this server to stop it."""
+        if self.state != "draining":
+            self._set_state("draining")
+            await self._say_draining()
+        if not self.drained.done():
+            self.drained.set_result(None)
+
+    async def _say_draining(self) -> None:
         if self._announcer is not None:
             try:
                 await self._announcer.announce()
             except MeshError as error:
                 _log.warning("draining unannounced: %s", error.message)
+
+    async def stop(self) -> None:
+        """Says that it drains, lets requests in flight end, closes everything; once is enough."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self.state != "draining":
+            self._set_state("draining")
+            await self._say_draining()
         await self._server.stop()
         await self._tasks.close()
         if self._announcer is not None:

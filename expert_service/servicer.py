@@ -44,6 +44,10 @@ class Host(Protocol):
         """Holds these slots no more."""
         ...
 
+    async def drain(self) -> None:
+        """Takes no more requests, and ends."""
+        ...
+
 
 class ExpertServicer:
     """Decode, one call, encode."""
@@ -67,6 +71,7 @@ class ExpertServicer:
             "ExecuteStream": stream_tensor(self._protocol),
             "LoadSlots": unary(self.load_slots, pb.LoadSlotsRequest),
             "DropSlots": unary(self.drop_slots, pb.DropSlotsRequest),
+            "Drain": unary(self.drain, pb.DrainRequest),
         }
 
     async def describe_shard(
@@ -88,6 +93,11 @@ class ExpertServicer:
         """See expert.proto."""
         await self._host.drop_slots(slots_of(request.layers))
         return pb.DropSlotsResponse()
+
+    async def drain(self, request: pb.DrainRequest, deadline: Deadline) -> pb.DrainResponse:
+        """See expert.proto."""
+        await self._host.drain()
+        return pb.DrainResponse()
 
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
         """See expert.proto."""

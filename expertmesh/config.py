@@ -76,14 +76,19 @@ class BalanceConfig:
         "none" takes a bound away.
         """
         kinds: dict[str, str] = {each.name: str(each.type) for each in fields(self)}
-        changes: dict[str, object] = {}
-        for setting in settings:
-            name, equals, text = setting.partition("=")
-            name = name.strip().removeprefix("balance.")
-            _require(bool(equals) and name in kinds, "a balance setting", setting,
-                     f"NAME=VALUE with NAME one of {', '.join(kinds)}")  # fmt: skip
-            changes[name] = _parsed(name, text.strip(), kinds[name])
-        return replace(self, **changes)  # type: ignore[arg-type]
+        return replace(self, **_changes(settings, kinds, "balance"))  # type: ignore[arg-type]
+
+
+def _changes(settings: Sequence[str], kinds: dict[str, str], section: str) -> dict[str, object]:
+    """Values by name, from texts like "max_delta=0.1" with or without their section."""
+    changes: dict[str, object] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.strip().removeprefix(f"{section}.")
+        _require(bool(equals) and name in kinds, f"a setting of {section}", setting,
+                 f"NAME=VALUE with NAME one of {', '.join(kinds)}")  # fmt: skip
+        changes[name] = _parsed(f"{section}.{name}", text.strip(), kinds[name])
+    return changes
 
 
 def _parsed(name: str, text: str, kind: str) -> object:
@@ -95,7 +100,7 @@ def _parsed(name: str, text: str, kind: str) -> object:
             return int(text)
         return float(text) if kind.startswith("float") else text
     except ValueError:
-        raise ConfigError(f"balance.{name} is {text!r}, expected a number") from None
+        raise ConfigError(f"{name} is {text!r}, expected a number") from None
 
 
 def _require_finite(value: float, name: str, *, above: float) -> None:
@@ -212,3 +217,11 @@ class AutoscaleConfig:
         _require(0 <= self.quiet_utilization < self.target_utilization,
                  "autoscale.quiet_utilization", self.quiet_utilization,
                  f"within [0, target_utilization = {self.target_utilization})")  # fmt: skip
+
+    def with_settings(self, settings: Sequence[str]) -> AutoscaleConfig:
+        """This configuration with settings like "max_replicas=8" changed. Raises ConfigError.
+
+        "none" takes a bound away.
+        """
+        kinds: dict[str, str] = {each.name: str(each.type) for each in fields(self)}
+        return replace(self, **_changes(settings, kinds, "autoscale"))  # type: ignore[arg-type]

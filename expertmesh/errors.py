@@ -12,6 +12,7 @@ MeshError
 ├── OverloadedError            a queue is full
 ├── NoRoomError                slots do not fit into the memory that is free
 ├── MigratingError             experts are being moved already
+├── LeaseLostError             somebody else adds and removes servers
 ├── UnavailableError           nobody who could answer can be reached
 ├── DeadlineError              the answer would have come too late
 ├── CancelledRequestError      the caller gave the request up
@@ -122,6 +123,13 @@ class MigratingError(MeshError):
     reason = "MIGRATING"
 
 
+class LeaseLostError(MeshError):
+    """Another owner adds and removes servers; one at a time."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "LEASE_LOST"
+
+
 class UnavailableError(MeshError):
     """Nobody who could answer can be reached now; a later try may succeed."""
 
@@ -176,6 +184,7 @@ BY_REASON: dict[str, type[MeshError]] = {
         OverloadedError,
         NoRoomError,
         MigratingError,
+        LeaseLostError,
         UnavailableError,
         DeadlineError,
         CancelledRequestError,

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from expert_service.kernels import BACKENDS, DEVICES, WEIGHTS
+from expertmesh.config import AutoscaleConfig
 from expertmesh.errors import ConfigError
 
 _LAST_PORT = 65535
@@ -35,3 +36,29 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
+
+
+def check_autoscale(
+    config: AutoscaleConfig,
+    shards: int,
+    replicas: int,
+    ray_address: str | None,
+    cpus_per_server: float | None,
+) -> None:
+    """Raises ConfigError where servers could not come and go as configured."""
+    if ray_address is None or cpus_per_server is None:
+        raise ConfigError(
+            "autoscale needs ray_address, a Ray whose autoscaler adds nodes, and cpus_per_server, "
+            "what each server asks of it"
+        )
+    first = shards * replicas
+    if not config.min_replicas <= first <= config.max_replicas:
+        raise ConfigError(
+            f"{first} servers to begin with (shards x replicas) are not within min_replicas = "
+            f"{config.min_replicas} and max_replicas = {config.max_replicas}"
+        )
+    if config.initial_replicas not in (None, first):
+        raise ConfigError(
+            f"initial_replicas is {config.initial_replicas}, but shards x replicas are {first}: "
+            "leave it out"
+        )

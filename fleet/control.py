@@ -7,11 +7,15 @@ how it answers others. So what operators do goes to the controller's own address
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 import grpc.aio
+import numpy as np
+import numpy.typing as npt
 
+from expertmesh.client import connect
 from expertmesh.errors import InvalidRequestError
 from expertmesh.rpc import loop, status
 from expertmesh.rpc.channel import open_channel
@@ -19,6 +23,7 @@ from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
 from load_controller.planner import Move
 
+LayerCounts = npt.NDArray[np.int64]  # [E]
 _TIMEOUT_S = 5.0
 _POLL_S = 0.02
 _MIGRATE_S = 3600.0  # gigabytes from slow disks; the migration goes on when nobody waits
@@ -46,27 +51,83 @@ def set_balance_mode(address: str, mode: str, *, reset: bool = False) -> int:
     return int(answer.bias_version)
 
 
-def migrate(address: str, moves: Iterable[Move]) -> pb.MigrateSlotsResponse:
-    """Moves experts while requests go on; returns when all is done.
+def _slot_moves(moves: Iterable[Move]) -> list[pb.SlotMove]:
+    actions = {"load": pb.MOVE_ACTION_LOAD, "drop": pb.MOVE_ACTION_DROP}
+    return [
+        pb.SlotMove(
+            action=actions[move.action],
+            layer=move.layer,
+            expert=move.expert,
+            server_id=move.server,
+        )
+        for move in moves
+    ]
+
+
+def begin_migration(
+    address: str, moves: Iterable[Move], fence: int = 0
+) -> Future[pb.MigrateSlotsResponse]:
+    """Moves experts while requests go on; done when all is.
 
     A move's `layer` is the model's index. Raises what MigrateSlots in control.proto answers.
     """
-    actions = {"load": pb.MOVE_ACTION_LOAD, "drop": pb.MOVE_ACTION_DROP}
-    request = pb.MigrateSlotsRequest(
-        moves=[
-            pb.SlotMove(
-                action=actions[move.action],
-                layer=move.layer,
-                expert=move.expert,
-                server_id=move.server,
-            )
-            for move in moves
-        ]
-    )
-    answer: pb.MigrateSlotsResponse = loop.run(
-        _call(address, "MigrateSlots", request, timeout_s=_MIGRATE_S)
-    )
+    request = pb.MigrateSlotsRequest(moves=_slot_moves(moves), fence=fence)
+    return loop.submit(_call(address, "MigrateSlots", request, timeout_s=_MIGRATE_S))
+
+
+def migrate(address: str, moves: Iterable[Move]) -> pb.MigrateSlotsResponse:
+    """The same, waited for."""
+    return begin_migration(address, moves).result()
+
+
+def begin_drain(
+    address: str, server: str, moves: Iterable[Move], fence: int = 0
+) -> Future[pb.DrainServerResponse]:
+    """Makes the moves, then drains the server; done when it takes no more requests.
+
+    Raises what DrainServer in control.proto answers.
+    """
+    request = pb.DrainServerRequest(server_id=server, moves=_slot_moves(moves), fence=fence)
+    return loop.submit(_call(address, "DrainServer", request, timeout_s=_MIGRATE_S))
+
+
+def get_fleet(address: str) -> pb.GetFleetResponse:
+    """Every server with what it holds and how busy it is. Raises UnavailableError."""
+    answer: pb.GetFleetResponse = loop.run(_call(address, "GetFleet", pb.GetFleetRequest()))
     return answer
+
+
+def set_server_bounds(address: str, min_replicas: int, max_replicas: int) -> None:
+    """How many servers there may be, by hand; 0 for as configured. Raises InvalidRequestError."""
+    bounds = pb.ServerBounds(min_replicas=min_replicas, max_replicas=max_replicas)
+    request = pb.SetServerBoundsRequest(bounds=bounds)
+    loop.run(_call(address, "SetServerBounds", request))
+
+
+def take_lease(address: str, owner: str, seconds: float, report: pb.ScalingReport) -> int:
+    """Takes, keeps or (0) gives back the right to add and remove servers; its fencing number.
+
+    Raises LeaseLostError while another has it, UnavailableError.
+    """
+    request = pb.TakeLeaseRequest(owner=owner, seconds=seconds, report=report)
+    return int(loop.run(_call(address, "TakeLease", request)).fence)
+
+
+def counts(address: str) -> dict[int, LayerCounts]:
+    """Assignments of either gate so far, by layer."""
+    return {
+        entry.layer: np.array(entry.counts, np.int64)
+        + np.array(entry.caller_gated_counts or [0] * len(entry.counts), np.int64)
+        for entry in cluster_load(address).layers
+    }
+
+
+def address_of(controller: str, router: Callable[[], str]) -> str:
+    """The load controller's address: the one given, or that which a router names."""
+    if controller:
+        return controller
+    with connect(router(), timeout=_TIMEOUT_S) as mesh:
+        return mesh.status().controller
 
 
 def cluster_load(address: str) -> pb.GetClusterLoadResponse:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -20,19 +20,19 @@ from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
-from expertmesh.config import BalanceConfig
-from expertmesh.errors import ConfigError, DeadlineError, MeshError, UnavailableError
+from expertmesh.config import AutoscaleConfig, BalanceConfig
+from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
 from expertmesh.placement import initial_parts
 from expertmesh.v1 import router_pb2
 from fleet import ray_session, state
 from fleet.actors import LoadControllerActor, RouterActor, RouterOptions
-from fleet.arguments import check_choices, check_counts, checked_path
+from fleet.arguments import check_autoscale, check_choices, check_counts, checked_path
 from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
 from fleet.ports import metrics_ports
 from fleet.ray_session import RaySession
+from fleet.ready import Progress, get, has_ended, wait_ready
 from fleet.resources import (
-    EXPERT_SLOT,
     SERVICE_CPUS,
     Node,
     Request,
@@ -40,12 +40,13 @@ from fleet.resources import (
     plan_request,
     share_of_the_rest,
 )
+from fleet.roster import Roster, namespace_of, server_options
+from fleet.supervisor_actor import SUPERVISOR, SupervisorActor, SupervisorOptions
 
 _POLL_S = 0.1
 _FREE_S = 5.0  # what a cluster that has just ended held is free again within this
+_ANSWER_S = 5.0  # a server that has started answers within this
 _STOP_S = 15.0  # a stopping actor may take this long to drain before it is killed
-
-Progress = Callable[[router_pb2.GetStatusResponse], None]
 
 
 class Cluster:
@@ -56,7 +57,9 @@ class Cluster:
         self._folder = folder
         self.controller: Any = None
         self.routers: list[Any] = []
-        self.servers: dict[str, Any] = {}  # actors by server id
+        self._started: dict[str, Any] = {}  # expert servers' actors by server id
+        self.roster: Roster | None = None  # finds them, where they come and go
+        self.supervisor: Any = None
         self.addresses: list[str] = []
         self.controller_address = ""
         self._closed = False
@@ -66,10 +69,30 @@ class Cluster:
         """ "host:port" of the router; several, separated by commas, when there are several."""
         return ",".join(self.addresses)
 
+    @property
+    def servers(self) -> dict[str, Any]:
+        """Actors by server id; where they are supervised, those that there are now."""
+        return self._started if self.roster is None else self.roster.actors()
+
+    @servers.setter
+    def servers(self, actors: dict[str, Any]) -> None:
+        self._started = actors
+
     def endpoints(self) -> dict[str, str]:
-        """ "host:port" of every expert server, by server id."""
+        """ "host:port" of every expert server, by server id.
+
+        Those that were drained are left out; where a supervisor adds servers, also those that have
+        not started yet.
+        """
         asked = {name: actor.endpoint.remote() for name, actor in self.servers.items()}
-        return {name: _get(ref, f"expert server {name}") for name, ref in asked.items()}
+        if self.roster is not None:
+            up, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+            asked = {name: ref for name, ref in asked.items() if ref in up}
+        return {
+            name: get(ref, f"expert server {name}")
+            for name, ref in asked.items()
+            if not has_ended(ref)
+        }
 
     def status(self) -> router_pb2.GetStatusResponse:
         """A router's view of the cluster."""
@@ -81,6 +104,7 @@ class Cluster:
         if self._closed:
             return
         self._closed = True
+        _stop_all([] if self.supervisor is None else [self.supervisor])  # it adds none from now on
         for group in (self.routers, list(self.servers.values()), [self.controller]):
             _stop_all([actor for actor in group if actor is not None])
         if self.addresses:
@@ -116,6 +140,7 @@ def launch(
     controller: str = "",
     cpus_per_server: float | None = None,
     metrics_port: int | None = None,
+    autoscale: AutoscaleConfig | None = None,
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -137,6 +162,10 @@ def launch(
     until Ray's autoscaler brings a node; otherwise they share out the nodes that are there.
     `metrics_port` is where `/metrics` is served: by servers with an `expert_slot` each on its own
     node, by several processes of one node on consecutive ports, as `metrics_ports` says.
+
+    With `autoscale` a supervisor adds and removes servers as the load asks for, beginning with
+    `shards` x `replicas`; it needs `ray_address` and `cpus_per_server`. A server takes at most the
+    slots of one part. See docs/operations.md.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
@@ -144,6 +173,8 @@ def launch(
     if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
         device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)
+    if autoscale is not None:
+        check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server)
     services = 0 if controller else routers + 1
     ports = metrics_ports(
         metrics_port,
@@ -180,16 +211,51 @@ def launch(
             weights=weights,
             host=host,
         )
-        cluster.servers = start_servers(parts, replicas, request, template, ports.servers)
-        if controller:
-            wait_loaded(cluster.servers, progress, patience_s=patience_s)
+        if autoscale is None:
+            cluster.servers = start_servers(parts, replicas, request, template, ports.servers)
         else:
-            _wait_ready(cluster, progress, patience_s)
+            options = SupervisorOptions(
+                checkpoint=str(path),
+                shards=shards,
+                controller=template.controller,
+                config=autoscale,
+                roster=Roster(
+                    namespace=namespace_of(template.controller),
+                    request=request,
+                    template=template,
+                    metrics_port=metrics_port,
+                ),
+            )
+            _start_supervised(cluster, parts, replicas, options)
+        if controller:
+            wait_loaded(cluster._started, progress, patience_s=patience_s)
+        else:
+            wait_ready(cluster._started, cluster.addresses, progress, patience_s)
             _remember(cluster, command)
     except BaseException:
         cluster.close()
         raise
     return cluster
+
+
+def _start_supervised(
+    cluster: Cluster, parts: Sequence[Sequence[Slot]], replicas: int, options: SupervisorOptions
+) -> None:
+    """The first servers, and the supervisor, which ends with this process. Raises ConfigError where
+    there is one already."""
+    namespace = options.roster.namespace
+    try:
+        cluster.supervisor = SupervisorActor.options(  # type: ignore[attr-defined]
+            name=SUPERVISOR, namespace=namespace, **_beside_us()
+        ).remote(options)
+    except ValueError:
+        raise ConfigError(
+            f"a supervisor runs already for the load controller at {options.controller}: close the "
+            "cluster that was launched for it first"
+        ) from None
+    cluster.roster = options.roster
+    for name, slots in named_parts(parts, replicas):
+        cluster._started[name] = options.roster.start(name, slots)
 
 
 def _remember(cluster: Cluster, command: str) -> None:
@@ -235,16 +301,11 @@ def _start_services(
     routers: int, host: str, metrics: Sequence[int | None],
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
-    node_id = ray.get_runtime_context().get_node_id()
-    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    # A head node may offer no CPU at all (KubeRay's usual set-up): then nothing is reserved.
-    offers = next(n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["NodeID"] == node_id)
-    cpus = SERVICE_CPUS if offers else 0
-    options = {"num_cpus": cpus, "max_restarts": -1, "scheduling_strategy": here}
+    options = _beside_us()
     cluster.controller = LoadControllerActor.options(**options).remote(  # type: ignore[attr-defined]
         str(cluster._folder / "controller.sqlite"), balance, host, metrics[0]
     )
-    cluster.controller_address = _get(cluster.controller.address.remote(), "the load controller")
+    cluster.controller_address = get(cluster.controller.address.remote(), "the load controller")
     for index in range(routers):
         router_options = RouterOptions(
             checkpoint=str(path),
@@ -258,7 +319,30 @@ def _start_services(
         )
         router = RouterActor.options(**options).remote(router_options)  # type: ignore[attr-defined]
         cluster.routers.append(router)
-    cluster.addresses = [_get(router.address.remote(), "a router") for router in cluster.routers]
+    cluster.addresses = [get(router.address.remote(), "a router") for router in cluster.routers]
+
+
+def _beside_us() -> dict[str, Any]:
+    """What a service asks of Ray that shall run on this process's node."""
+    node_id = ray.get_runtime_context().get_node_id()
+    here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    # A head node may offer no CPU at all (KubeRay's usual set-up): then nothing is reserved.
+    offers = next(n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["NodeID"] == node_id)
+    cpus = SERVICE_CPUS if offers else 0
+    return {"num_cpus": cpus, "max_restarts": -1, "scheduling_strategy": here}
+
+
+def named_parts(parts: Sequence[Sequence[Slot]], replicas: int) -> list[tuple[str, Sequence[Slot]]]:
+    """What each server of a launch is called and holds, in the order in which they start.
+
+    Replicas are started part after part, so that Ray's SPREAD puts the copies of a part on
+    different nodes where there are several.
+    """
+    return [
+        (f"shard{index}-replica{replica}", part)
+        for replica in range(replicas)
+        for index, part in enumerate(parts)
+    ]
 
 
 def start_servers(
@@ -271,114 +355,14 @@ def start_servers(
     """One actor for each part and replica, by server id; `template` says what they share.
 
     `metrics_ports` has one for each, in the order in which they start; without it none has any.
-
-    Replicas are started part after part, so that Ray's SPREAD puts the copies of a part on
-    different nodes where there are several.
     """
     servers: dict[str, Any] = {}
-    for replica in range(replicas):
-        for index, part in enumerate(parts):
-            server_id = f"shard{index}-replica{replica}"
-            actor = ExpertServerActor.options(  # type: ignore[attr-defined]
-                num_cpus=request.cpus,
-                num_gpus=request.gpus,
-                memory=request.memory_bytes,
-                resources={EXPERT_SLOT: request.expert_slots} if request.expert_slots else None,
-                max_restarts=-1,
-                scheduling_strategy="SPREAD",
-                # Ray's own choice is one thread below two CPUs; ours is what we planned with. Idle
-                # threads sleep: spinning ones take the cores of the other shards on a host.
-                runtime_env={
-                    "env_vars": {
-                        "OMP_NUM_THREADS": str(request.threads),
-                        "OMP_WAIT_POLICY": "PASSIVE",
-                    }
-                },
-            )
-            port = metrics_ports[len(servers)] if metrics_ports else None
-            options = replace(template, slots=tuple(part), server_id=server_id, metrics_port=port)
-            servers[server_id] = actor.remote(options)
+    for server_id, part in named_parts(parts, replicas):
+        actor = ExpertServerActor.options(**server_options(request))  # type: ignore[attr-defined]
+        port = metrics_ports[len(servers)] if metrics_ports else None
+        options = replace(template, slots=tuple(part), server_id=server_id, metrics_port=port)
+        servers[server_id] = actor.remote(options)
     return servers
-
-
-def _get(ref: Any, what: str) -> Any:
-    try:
-        return ray.get(ref, timeout=STALLED_S)
-    except ray.exceptions.RayTaskError as error:
-        raise _cause(error, what) from None
-    except ray.exceptions.GetTimeoutError:
-        raise ConfigError(
-            f"Ray has not started {what} for {STALLED_S:.0f} s: its CPUs may be in use by others; "
-            "see `ray status`"
-        ) from None
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"{what} could not start: {error}") from None
-
-
-def _cause(error: ray.exceptions.RayTaskError, what: str) -> MeshError:
-    cause = error.cause
-    return cause if isinstance(cause, MeshError) else ConfigError(f"{what} failed: {error}")
-
-
-def _wait_ready(cluster: Cluster, progress: Progress | None, patience_s: float) -> None:
-    """Until every router can ask for every expert. Raises what a server says it failed of, and
-    ConfigError when nothing moves for `patience_s`."""
-    asked = {name: actor.endpoint.remote() for name, actor in cluster.servers.items()}
-    started: set[str] = set()
-    waiting = list(cluster.addresses)
-    last: object = None
-    moved_at = time.monotonic()
-    while waiting:
-        for name in [name for name in asked if ray.wait([asked[name]], timeout=0)[0]]:
-            _get(asked[name], f"expert server {name}")
-            started.add(name)
-            asked[name] = cluster.servers[name].endpoint.remote()  # it may yet fail
-        status = _status_of(waiting[0])
-        if progress is not None:
-            progress(status or router_pb2.GetStatusResponse())
-        if status is not None:
-            _raise_failure(status)
-            ready = sum(server.state == "ready" and server.connected for server in status.servers)
-            if status.ready and ready == len(cluster.servers):
-                waiting.pop(0)
-                continue
-        now = (len(started), [] if status is None else [
-            (server.state, server.loaded_bytes, server.connected) for server in status.servers
-        ])  # fmt: skip
-        if now != last:
-            last, moved_at = now, time.monotonic()
-        if time.monotonic() - moved_at > patience_s:
-            absent = sorted(cluster.servers.keys() - started)
-            raise ConfigError(_stalled(absent, status, patience_s))
-        time.sleep(_POLL_S)
-
-
-def _status_of(address: str) -> router_pb2.GetStatusResponse | None:
-    try:
-        with connect(address, timeout=5.0) as mesh:
-            return mesh.status()
-    except (UnavailableError, DeadlineError):
-        return None  # starting or busy: asked again
-
-
-def _raise_failure(status: router_pb2.GetStatusResponse) -> None:
-    for server in status.servers:
-        if server.state == "failed":
-            raise ConfigError(
-                f"expert server {server.server_id} on node {server.node}: {server.error}"
-            )
-
-
-def _stalled(
-    absent: Sequence[str], status: router_pb2.GetStatusResponse | None, after_s: float
-) -> str:
-    if absent:
-        return (
-            f"Ray has not started {', '.join(absent)} for {after_s:.0f} s: their CPUs, GPUs "
-            "or memory may be in use by others; see `ray status`"
-        )
-    reason = "the router does not answer" if status is None else status.reason
-    return f"nothing has moved for {after_s:.0f} s while starting: {reason}"
 
 
 def _stop_all(actors: Sequence[Any]) -> None:

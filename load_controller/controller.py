@@ -22,11 +22,13 @@ from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
 from load_controller.divergence import UNMEASURED
 from load_controller.migration import Copy, Step
+from load_controller.scaling import Scaling
 from load_controller.store import Store
 
 _log = logging.getLogger(__name__)
 _MISSED_S = 3600.0  # a router that went without a word may still serve, cut off; told this long
 LOST_AFTER_S = 5.0  # announcements come every second: five in a row are missing
+FORGET_AFTER_S = 60.0  # a drained server: long enough for people to see where it has gone
 
 
 @dataclass
@@ -55,6 +57,8 @@ class LoadController:
         self.epoch = int(store.meta("epoch") or 0)
         self._servers: dict[str, pb.AnnounceServerRequest] = {}
         self._heard_at: dict[str, float] = {}
+        self._device_loads: dict[str, pb.DeviceLoad] = {}
+        self.scaling = Scaling(store)
         self._routers: dict[str, _Router] = {}
         self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
@@ -114,6 +118,10 @@ class LoadController:
                 f"{before.server.endpoint}: give each server an id of its own"
             )
         self._heard_at[server.server_id] = now
+        self._device_loads[server.server_id] = pb.DeviceLoad.FromString(
+            request.load.SerializeToString()
+        )
+        request.ClearField("load")  # no news for routers, and none for the file
         if before is None or before.SerializeToString() != request.SerializeToString():
             self._accept(request, before)
         if self._holdings.heard(request):
@@ -147,15 +155,39 @@ class LoadController:
         return min((router.epoch for router in self._routers.values()), default=0)
 
     def mark_lost(self, now: float) -> None:
-        """Marks servers that have not been heard of for LOST_AFTER_S."""
-        for server_id, announcement in self._servers.items():
-            heard = self._heard_at.setdefault(server_id, now)
+        """Marks servers that have not been heard of for LOST_AFTER_S. Those that had said that
+        they drain have gone, and are forgotten after FORGET_AFTER_S."""
+        for server_id, announcement in list(self._servers.items()):
+            silent_s = now - self._heard_at.setdefault(server_id, now)
             state = announcement.server.state
-            if now - heard > LOST_AFTER_S and state != "lost":
-                lost = pb.AnnounceServerRequest()
-                lost.CopyFrom(announcement)
-                lost.server.state = "lost"
-                self._accept(lost, announcement)
+            if state == "draining":
+                if silent_s > FORGET_AFTER_S:
+                    self._forget(server_id)
+            elif silent_s > LOST_AFTER_S and state != "lost":
+                self._set_state(server_id, "lost")
+
+    def mark_draining(self, server_id: str) -> None:
+        """The server was told to drain, and has agreed; it says so itself, too."""
+        if self.state_of(server_id) != "draining":
+            self._set_state(server_id, "draining")
+
+    def _set_state(self, server_id: str, state: str) -> None:
+        before = self._servers[server_id]
+        changed = pb.AnnounceServerRequest.FromString(before.SerializeToString())
+        changed.server.state = state
+        self._accept(changed, before)
+
+    def _forget(self, server_id: str) -> None:
+        self._holdings.forget(server_id)
+        self.directory_version += 1
+        self.epoch += 1
+        with self._store.transaction():
+            self._store.forget_server(server_id, self.directory_version)
+            self._store.save_holdings(self._holdings, self.epoch)
+        del self._servers[server_id], self._heard_at[server_id]
+        self._device_loads.pop(server_id, None)
+        _log.info("server %s has drained and is forgotten", server_id)
+        self._on_change()
 
     def add_router(self, request: pb.WatchClusterRequest) -> None:
         """A router watches from now on. Raises InvalidRequestError for a gate that cannot be."""
@@ -207,6 +239,27 @@ class LoadController:
             for server_id, entry in self._servers.items()
             if entry.server.state == "ready"
         }
+
+    def state_of(self, server_id: str) -> str:
+        """A server's state. Raises InvalidRequestError for one that is not known."""
+        entry = self._servers.get(server_id)
+        if entry is None:
+            raise InvalidRequestError(
+                f"there is no server {server_id!r}: name one of {', '.join(sorted(self._servers))}",
+                field="server_id",
+            )
+        return entry.server.state
+
+    def address_of(self, server_id: str) -> str:
+        """Where a known server listens, whatever its state."""
+        return self._servers[server_id].server.endpoint
+
+    def fleet(self, now: float) -> pb.GetFleetResponse:
+        """Every server, and how many there may be."""
+        shown = {name: self._holdings.shown(entry) for name, entry in self._servers.items()}
+        return messages.fleet(
+            self._servers, shown, self._device_loads, self.epoch, self.scaling, now
+        )
 
     def endpoint(self, server_id: str) -> str:
         """Where a server listens. Raises UnavailableError when it is not ready."""

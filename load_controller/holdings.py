@@ -55,6 +55,12 @@ class Holdings:
         self.arriving -= set(copies)
         self.leaving |= set(copies)
 
+    def forget(self, server: str) -> None:
+        """That server has gone for good."""
+        self.arriving = {copy for copy in self.arriving if copy.server != server}
+        self.leaving = {copy for copy in self.leaving if copy.server != server}
+        self.assigned.pop(server, None)
+
     def heard(self, announcement: pb.AnnounceServerRequest) -> bool:
         """Forgets copies that have gone. Whether there were any."""
         server, held = announcement.server.server_id, set(slots_of(announcement.layers))

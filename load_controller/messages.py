@@ -9,13 +9,15 @@ import numpy as np
 import torch
 
 from expertmesh import gating
+from expertmesh.codec.slots import layer_slots
 from expertmesh.codec.tensors import NUMBER_BY_DTYPE
 from expertmesh.errors import ConfigError, InvalidRequestError
-from expertmesh.model import GateSpec, GroupScore, Score
+from expertmesh.model import GateSpec, GroupScore, Score, Slot
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import router_pb2, tensor_pb2
 from load_controller.balancer import Balancer
 from load_controller.divergence import Gate
+from load_controller.scaling import Scaling
 
 
 def gates_of(request: pb.WatchClusterRequest) -> dict[int, Gate]:
@@ -103,3 +105,27 @@ def layer_balances(balancer: Balancer) -> list[router_pb2.LayerBalance]:
         )
         for layer, state in sorted(balancer.layers.items())
     ]
+
+
+def fleet(
+    servers: Mapping[str, pb.AnnounceServerRequest],
+    shown: Mapping[str, frozenset[Slot]],
+    loads: Mapping[str, pb.DeviceLoad],
+    epoch: int,
+    scaling: Scaling,
+    now: float,
+) -> pb.GetFleetResponse:
+    """Every server by name: as it announced itself, what it is shown to hold, how busy it is."""
+    bounds = scaling.bounds
+    return pb.GetFleetResponse(
+        servers=[
+            pb.FleetServer(
+                server=entry.server, layers=layer_slots(shown[name]), load=loads.get(name)
+            )
+            for name, entry in sorted(servers.items())
+        ],
+        epoch=epoch,
+        bounds=pb.ServerBounds(min_replicas=bounds.min_replicas, max_replicas=bounds.max_replicas),
+        lease_owner=scaling.holder(now),
+        report=scaling.report,
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +53,26 @@ class Mover:
         Raises MigratingError, what `plan_steps` raises, and what kept a step from being done: that
         step is undone then, and later ones are not begun.
         """
+        with self.alone():
+            return await self.run(plan_steps(self._controller.shown(), loads, drops))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else moves experts meanwhile. Raises MigratingError when somebody does."""
         if self._busy:
             raise MigratingError(
                 "experts are being moved already: wait for it to end", retry_after_s=1.0
             )
-        steps = plan_steps(self._controller.shown(), loads, drops)
         self._busy = True
         try:
-            for step in steps:
-                await self._step(step)
+            yield
         finally:
             self._busy = False
+
+    async def run(self, steps: Sequence[Step]) -> Migrated:
+        """Carries steps out, one after the other; call it `alone`."""
+        for step in steps:
+            await self._step(step)
         return Migrated(
             self._controller.epoch,
             sum(len(step.loads) for step in steps),
@@ -154,7 +164,14 @@ class Mover:
                 await self._drop_all(leaving)
 
     async def _call(self, server: str, method: str, request: Any, timeout_s: float) -> Any:
-        endpoint = self._controller.endpoint(server)
+        return await self.call(
+            self._controller.endpoint(server), server, method, request, timeout_s
+        )
+
+    async def call(
+        self, endpoint: str, server: str, method: str, request: Any, timeout_s: float
+    ) -> Any:
+        """Calls an expert server. Raises what it answers, with its name."""
         channel = open_channel(endpoint)
         try:
             stub = expert_pb2_grpc.ExpertServiceStub(channel)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -18,9 +18,12 @@ from expertmesh.rpc.server import parse, unary
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.v1 import control_pb2 as pb
 from load_controller.controller import LoadController
+from load_controller.drainer import Drainer
 from load_controller.migration import Copy
 from load_controller.mover import Migrated, Mover
+from load_controller.scaling import Bounds
 
+_T = TypeVar("_T")
 SERVICE = "expertmesh.v1.ControlService"
 
 
@@ -56,6 +59,7 @@ class ControlServicer:
     ) -> None:
         self._controller = controller
         self._mover = mover
+        self._drainer = Drainer(controller, mover)
         self._changes = changes
         self._tasks = tasks
         self.pushes = 0  # messages sent to routers that watch
@@ -73,6 +77,10 @@ class ControlServicer:
             "GetClusterLoad": unary(self.get_cluster_load, pb.GetClusterLoadRequest),
             "SetBalanceMode": unary(self.set_balance_mode, pb.SetBalanceModeRequest),
             "MigrateSlots": unary(self.migrate_slots, pb.MigrateSlotsRequest),
+            "DrainServer": unary(self.drain_server, pb.DrainServerRequest),
+            "GetFleet": unary(self.get_fleet, pb.GetFleetRequest),
+            "SetServerBounds": unary(self.set_server_bounds, pb.SetServerBoundsRequest),
+            "TakeLease": unary(self.take_lease, pb.TakeLeaseRequest),
         }
 
     async def announce_server(
@@ -162,20 +170,63 @@ class ControlServicer:
         self, request: pb.MigrateSlotsRequest, deadline: Deadline
     ) -> pb.MigrateSlotsResponse:
         """See control.proto."""
-        moves: dict[int, list[Copy]] = {pb.MOVE_ACTION_LOAD: [], pb.MOVE_ACTION_DROP: []}
-        for move in request.moves:
-            if move.action not in moves:
-                raise InvalidRequestError("a move is neither a load nor a drop", field="moves")
-            moves[move.action].append(Copy(move.server_id, Slot(move.layer, move.expert)))
-        # A task of its own: it goes on when the caller goes.
-        task = self._tasks.spawn(self._migrate(*moves.values()), "migrate")
-        done = await asyncio.shield(task)
-        if isinstance(done, MeshError):
-            raise done
+        self._controller.scaling.check(request.fence)
+        done: Migrated = await self._to_its_end(self._mover.migrate(*_moves(request.moves)))
         return pb.MigrateSlotsResponse(epoch=done.epoch, loaded=done.loaded, dropped=done.dropped)
 
-    async def _migrate(self, loads: list[Copy], drops: list[Copy]) -> Migrated | MeshError:
-        try:
-            return await self._mover.migrate(loads, drops)
-        except MeshError as error:
-            return error
+    async def drain_server(
+        self, request: pb.DrainServerRequest, deadline: Deadline
+    ) -> pb.DrainServerResponse:
+        """See control.proto."""
+        self._controller.scaling.check(request.fence)
+        loads, drops = _moves(request.moves)
+        drain = self._drainer.drain(request.server_id, loads, drops)
+        return pb.DrainServerResponse(loaded=await self._to_its_end(drain))
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """What the work returns or raises. It has a task of its own: it goes on when the caller
+        goes."""
+
+        async def settled() -> _T | MeshError:
+            try:
+                return await work
+            except MeshError as error:
+                return error
+
+        done = await asyncio.shield(self._tasks.spawn(settled(), "move experts"))
+        if isinstance(done, MeshError):
+            raise done
+        return cast(_T, done)
+
+    async def get_fleet(
+        self, request: pb.GetFleetRequest, deadline: Deadline
+    ) -> pb.GetFleetResponse:
+        """See control.proto."""
+        return self._controller.fleet(time.monotonic())
+
+    async def set_server_bounds(
+        self, request: pb.SetServerBoundsRequest, deadline: Deadline
+    ) -> pb.SetServerBoundsResponse:
+        """See control.proto."""
+        bounds = request.bounds
+        self._controller.scaling.set_bounds(Bounds(bounds.min_replicas, bounds.max_replicas))
+        return pb.SetServerBoundsResponse()
+
+    async def take_lease(
+        self, request: pb.TakeLeaseRequest, deadline: Deadline
+    ) -> pb.TakeLeaseResponse:
+        """See control.proto."""
+        scaling = self._controller.scaling
+        fence = scaling.take(request.owner, request.seconds, time.monotonic())
+        scaling.report = request.report
+        return pb.TakeLeaseResponse(fence=fence)
+
+
+def _moves(moves: Iterable[pb.SlotMove]) -> tuple[list[Copy], list[Copy]]:
+    """Copies to load and to drop. Raises InvalidRequestError."""
+    found: dict[int, list[Copy]] = {pb.MOVE_ACTION_LOAD: [], pb.MOVE_ACTION_DROP: []}
+    for move in moves:
+        if move.action not in found:
+            raise InvalidRequestError("a move is neither a load nor a drop", field="moves")
+        found[move.action].append(Copy(move.server_id, Slot(move.layer, move.expert)))
+    return found[pb.MOVE_ACTION_LOAD], found[pb.MOVE_ACTION_DROP]

@@ -122,6 +122,12 @@ class Store:
             self.set_meta("directory_version", str(versions[0]))
             self.set_meta("epoch", str(versions[1]))
 
+    def forget_server(self, server_id: str, directory_version: int) -> None:
+        """Removes a server's announcement, with the directory version that it led to."""
+        with self.transaction():
+            self._db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+            self.set_meta("directory_version", str(directory_version))
+
     def servers(self) -> list[tuple[int, bytes]]:
         """(started_at_ns, announcement) of every server that was ever announced."""
         rows = self._db.execute("SELECT started_at_ns, announcement FROM servers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import expertmesh
 from expert_service.server import ExpertServer, Placing
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import BalanceConfig, RouterConfig, RpcConfig
+from expertmesh.model import Slot
 from expertmesh.placement import initial_parts
 from expertmesh.rpc import loop
 from load_controller.server import ControllerServer
@@ -82,10 +83,18 @@ async def start_server_at(
     path: Path, controller: str, name: str, part: int, parts: int, **options: object
 ) -> ExpertServer:
     """An expert server that announces itself to the controller at that address, or to nobody."""
-    checkpoint = Checkpoint.open(path)
+    with Checkpoint.open(path) as opened:
+        slots = initial_parts(opened.spec, parts)[part]
+    return await start_server_holding(path, controller, name, slots, **options)
+
+
+async def start_server_holding(
+    path: Path, controller: str, name: str, slots: Sequence[Slot], **options: object
+) -> ExpertServer:
+    """The same for any slots."""
     server = ExpertServer(
-        checkpoint,
-        initial_parts(checkpoint.spec, parts)[part],
+        Checkpoint.open(path),
+        slots,
         Placing(
             server_id=name,
             host="127.0.0.1",

@@ -41,9 +41,9 @@ def say_listening(address: str, metrics_address: str = "") -> None:
 async def run_until_signal(
     service: Service,
     on_started: Callable[[], None],
-    failed: Awaitable[MeshError] | None = None,
+    failed: Awaitable[MeshError | None] | None = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what `failed` gives, when that comes first."""
+    """Serves until SIGTERM or SIGINT, or until `failed` is done. Raises the error that it gives."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

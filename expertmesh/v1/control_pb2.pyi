@@ -19,10 +19,120 @@ MOVE_ACTION_LOAD: MoveAction
 MOVE_ACTION_DROP: MoveAction
 
 class MigrateSlotsRequest(_message.Message):
-    __slots__ = ("moves",)
+    __slots__ = ("moves", "fence")
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
     moves: _containers.RepeatedCompositeFieldContainer[SlotMove]
-    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ...) -> None: ...
+    fence: int
+    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ..., fence: _Optional[int] = ...) -> None: ...
+
+class DrainServerRequest(_message.Message):
+    __slots__ = ("server_id", "moves", "fence")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    moves: _containers.RepeatedCompositeFieldContainer[SlotMove]
+    fence: int
+    def __init__(self, server_id: _Optional[str] = ..., moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ..., fence: _Optional[int] = ...) -> None: ...
+
+class DrainServerResponse(_message.Message):
+    __slots__ = ("loaded",)
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    loaded: int
+    def __init__(self, loaded: _Optional[int] = ...) -> None: ...
+
+class GetFleetRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetFleetResponse(_message.Message):
+    __slots__ = ("servers", "epoch", "bounds", "lease_owner", "report")
+    SERVERS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_OWNER_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    servers: _containers.RepeatedCompositeFieldContainer[FleetServer]
+    epoch: int
+    bounds: ServerBounds
+    lease_owner: str
+    report: ScalingReport
+    def __init__(self, servers: _Optional[_Iterable[_Union[FleetServer, _Mapping]]] = ..., epoch: _Optional[int] = ..., bounds: _Optional[_Union[ServerBounds, _Mapping]] = ..., lease_owner: _Optional[str] = ..., report: _Optional[_Union[ScalingReport, _Mapping]] = ...) -> None: ...
+
+class FleetServer(_message.Message):
+    __slots__ = ("server", "layers", "load")
+    SERVER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    server: _router_pb2.ServerStatus
+    layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
+    load: DeviceLoad
+    def __init__(self, server: _Optional[_Union[_router_pb2.ServerStatus, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ..., load: _Optional[_Union[DeviceLoad, _Mapping]] = ...) -> None: ...
+
+class DeviceLoad(_message.Message):
+    __slots__ = ("uptime_us", "busy_us", "ongoing_us", "ongoing", "queue_delays")
+    UPTIME_US_FIELD_NUMBER: _ClassVar[int]
+    BUSY_US_FIELD_NUMBER: _ClassVar[int]
+    ONGOING_US_FIELD_NUMBER: _ClassVar[int]
+    ONGOING_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_DELAYS_FIELD_NUMBER: _ClassVar[int]
+    uptime_us: int
+    busy_us: int
+    ongoing_us: int
+    ongoing: int
+    queue_delays: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, uptime_us: _Optional[int] = ..., busy_us: _Optional[int] = ..., ongoing_us: _Optional[int] = ..., ongoing: _Optional[int] = ..., queue_delays: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ServerBounds(_message.Message):
+    __slots__ = ("min_replicas", "max_replicas")
+    MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    min_replicas: int
+    max_replicas: int
+    def __init__(self, min_replicas: _Optional[int] = ..., max_replicas: _Optional[int] = ...) -> None: ...
+
+class ScalingReport(_message.Message):
+    __slots__ = ("replicas", "reason", "slots", "configured", "starting", "problem")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURED_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    reason: str
+    slots: int
+    configured: ServerBounds
+    starting: int
+    problem: str
+    def __init__(self, replicas: _Optional[int] = ..., reason: _Optional[str] = ..., slots: _Optional[int] = ..., configured: _Optional[_Union[ServerBounds, _Mapping]] = ..., starting: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class SetServerBoundsRequest(_message.Message):
+    __slots__ = ("bounds",)
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    bounds: ServerBounds
+    def __init__(self, bounds: _Optional[_Union[ServerBounds, _Mapping]] = ...) -> None: ...
+
+class SetServerBoundsResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TakeLeaseRequest(_message.Message):
+    __slots__ = ("owner", "seconds", "report")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    owner: str
+    seconds: float
+    report: ScalingReport
+    def __init__(self, owner: _Optional[str] = ..., seconds: _Optional[float] = ..., report: _Optional[_Union[ScalingReport, _Mapping]] = ...) -> None: ...
+
+class TakeLeaseResponse(_message.Message):
+    __slots__ = ("fence",)
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    fence: int
+    def __init__(self, fence: _Optional[int] = ...) -> None: ...
 
 class SlotMove(_message.Message):
     __slots__ = ("action", "layer", "expert", "server_id")
@@ -47,20 +157,22 @@ class MigrateSlotsResponse(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., loaded: _Optional[int] = ..., dropped: _Optional[int] = ...) -> None: ...
 
 class AnnounceServerRequest(_message.Message):
-    __slots__ = ("server", "protocol_version", "checkpoint_digest", "started_at_ns", "layers", "initial_layers")
+    __slots__ = ("server", "protocol_version", "checkpoint_digest", "started_at_ns", "layers", "initial_layers", "load")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_NS_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     server: _router_pb2.ServerStatus
     protocol_version: int
     checkpoint_digest: str
     started_at_ns: int
     layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
     initial_layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
-    def __init__(self, server: _Optional[_Union[_router_pb2.ServerStatus, _Mapping]] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., started_at_ns: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ..., initial_layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
+    load: DeviceLoad
+    def __init__(self, server: _Optional[_Union[_router_pb2.ServerStatus, _Mapping]] = ..., protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., started_at_ns: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ..., initial_layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ..., load: _Optional[_Union[DeviceLoad, _Mapping]] = ...) -> None: ...
 
 class AnnounceServerResponse(_message.Message):
     __slots__ = ("oldest_epoch", "layers")

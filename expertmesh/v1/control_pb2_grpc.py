@@ -70,6 +70,26 @@ class ControlServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsResponse.FromString,
                 _registered_method=True)
+        self.DrainServer = channel.unary_unary(
+                '/expertmesh.v1.ControlService/DrainServer',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.DrainServerRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainServerResponse.FromString,
+                _registered_method=True)
+        self.GetFleet = channel.unary_unary(
+                '/expertmesh.v1.ControlService/GetFleet',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.GetFleetRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.GetFleetResponse.FromString,
+                _registered_method=True)
+        self.SetServerBounds = channel.unary_unary(
+                '/expertmesh.v1.ControlService/SetServerBounds',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsResponse.FromString,
+                _registered_method=True)
+        self.TakeLease = channel.unary_unary(
+                '/expertmesh.v1.ControlService/TakeLease',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.TakeLeaseRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.TakeLeaseResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer(object):
@@ -163,6 +183,56 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainServer(self, request, context):
+        """Takes a server out of the cluster: others get what only it holds, then it
+        drains, and ends.
+
+        Answers when it takes no more requests; those in flight end after that.
+        Idempotent: a server that drains already, or has gone, is left alone.
+
+        INVALID_ARGUMENT     no such server, or after the moves it would still
+        hold the last copy of an expert: nothing was drained
+        FAILED_PRECONDITION  another migration is under way (MIGRATING), or the
+        lease was lost (LEASE_LOST): nothing was done
+        UNAVAILABLE          a server could not be reached: it stays
+        RESOURCE_EXHAUSTED   the slots do not fit (NO_ROOM): it stays
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetFleet(self, request, context):
+        """Returns every server with what it holds and how busy it is, how many there
+        may be, and who sees to that.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetServerBounds(self, request, context):
+        """Sets by hand how many servers there may be, or takes that back.
+
+        Whoever holds the lease brings it about. Kept over restarts. Idempotent.
+
+        INVALID_ARGUMENT  bounds that cannot be
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeLease(self, request, context):
+        """Takes, or keeps, the right to add and remove servers, for a while.
+
+        One owner at a time. Each change of owner has a larger fencing number;
+        calls that carry an older one are refused. An owner that gives the lease
+        back asks for it with `seconds` 0.
+
+        FAILED_PRECONDITION  another owner holds it (LEASE_LOST): try later
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -200,6 +270,26 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.MigrateSlots,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.MigrateSlotsResponse.SerializeToString,
+            ),
+            'DrainServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainServer,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.DrainServerRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.DrainServerResponse.SerializeToString,
+            ),
+            'GetFleet': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetFleet,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.GetFleetRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.GetFleetResponse.SerializeToString,
+            ),
+            'SetServerBounds': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetServerBounds,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsResponse.SerializeToString,
+            ),
+            'TakeLease': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeLease,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.TakeLeaseRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.TakeLeaseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -392,6 +482,114 @@ class ControlService(object):
             '/expertmesh.v1.ControlService/MigrateSlots',
             expertmesh_dot_v1_dot_control__pb2.MigrateSlotsRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.MigrateSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/DrainServer',
+            expertmesh_dot_v1_dot_control__pb2.DrainServerRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.DrainServerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetFleet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/GetFleet',
+            expertmesh_dot_v1_dot_control__pb2.GetFleetRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.GetFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetServerBounds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/SetServerBounds',
+            expertmesh_dot_v1_dot_control__pb2.SetServerBoundsRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.SetServerBoundsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeLease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/TakeLease',
+            expertmesh_dot_v1_dot_control__pb2.TakeLeaseRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.TakeLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

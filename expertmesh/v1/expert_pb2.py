@@ -25,37 +25,41 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/expert.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"=\n\x10LoadSlotsRequest\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\")\n\x11LoadSlotsResponse\x12\x14\n\x0cslot_digests\x18\x01 \x03(\t\"=\n\x10\x44ropSlotsRequest\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\"\x13\n\x11\x44ropSlotsResponse\"\x16\n\x14\x44\x65scribeShardRequest\"\xd5\x01\n\x15\x44\x65scribeShardResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12)\n\x06layers\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x14\n\x0cslot_digests\x18\x08 \x03(\t\",\n\nLayerSlots\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x05\"\xca\x01\n\x0e\x45xecuteRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12,\n\rhidden_states\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12-\n\x0e\x65xpert_weights\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"e\n\x0f\x45xecuteResponse\x12,\n\rhidden_states\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\"\xea\x01\n\x14\x45xecuteStreamRequest\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\x07\x65xecute\x18\x02 \x01(\x0b\x32\x1d.expertmesh.v1.ExecuteRequestH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12\x30\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1e.expertmesh.v1.CancelExecutionH\x00\x12\x12\n\ntimeout_us\x18\x05 \x01(\x04\x12\x13\n\x0btraceparent\x18\x06 \x01(\tB\x06\n\x04kind\"\x11\n\x0f\x43\x61ncelExecution\"\xbd\x01\n\x15\x45xecuteStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x31\n\x07\x65xecute\x18\x02 \x01(\x0b\x32\x1e.expertmesh.v1.ExecuteResponseH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FrameErrorH\x00\x42\x06\n\x04kind2\xb5\x03\n\rExpertService\x12Z\n\rDescribeShard\x12#.expertmesh.v1.DescribeShardRequest\x1a$.expertmesh.v1.DescribeShardResponse\x12H\n\x07\x45xecute\x12\x1d.expertmesh.v1.ExecuteRequest\x1a\x1e.expertmesh.v1.ExecuteResponse\x12^\n\rExecuteStream\x12#.expertmesh.v1.ExecuteStreamRequest\x1a$.expertmesh.v1.ExecuteStreamResponse(\x01\x30\x01\x12N\n\tLoadSlots\x12\x1f.expertmesh.v1.LoadSlotsRequest\x1a .expertmesh.v1.LoadSlotsResponse\x12N\n\tDropSlots\x12\x1f.expertmesh.v1.DropSlotsRequest\x1a .expertmesh.v1.DropSlotsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/expert.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"=\n\x10LoadSlotsRequest\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\")\n\x11LoadSlotsResponse\x12\x14\n\x0cslot_digests\x18\x01 \x03(\t\"=\n\x10\x44ropSlotsRequest\x12)\n\x06layers\x18\x01 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\"\x13\n\x11\x44ropSlotsResponse\"\x16\n\x14\x44\x65scribeShardRequest\"\xd5\x01\n\x15\x44\x65scribeShardResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12)\n\x06layers\x18\x05 \x03(\x0b\x32\x19.expertmesh.v1.LayerSlots\x12\x0f\n\x07\x62\x61\x63kend\x18\x06 \x01(\t\x12\r\n\x05ready\x18\x07 \x01(\x08\x12\x14\n\x0cslot_digests\x18\x08 \x03(\t\",\n\nLayerSlots\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x05\"\xca\x01\n\x0e\x45xecuteRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12,\n\rhidden_states\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12-\n\x0e\x65xpert_weights\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"e\n\x0f\x45xecuteResponse\x12,\n\rhidden_states\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x10\n\x08queue_us\x18\x04 \x01(\x04\x12\x12\n\ncompute_us\x18\x05 \x01(\x04\"\xea\x01\n\x14\x45xecuteStreamRequest\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\x07\x65xecute\x18\x02 \x01(\x0b\x32\x1d.expertmesh.v1.ExecuteRequestH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12\x30\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1e.expertmesh.v1.CancelExecutionH\x00\x12\x12\n\ntimeout_us\x18\x05 \x01(\x04\x12\x13\n\x0btraceparent\x18\x06 \x01(\tB\x06\n\x04kind\"\x11\n\x0f\x43\x61ncelExecution\"\xbd\x01\n\x15\x45xecuteStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x31\n\x07\x65xecute\x18\x02 \x01(\x0b\x32\x1e.expertmesh.v1.ExecuteResponseH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FrameErrorH\x00\x42\x06\n\x04kind2\xf9\x03\n\rExpertService\x12Z\n\rDescribeShard\x12#.expertmesh.v1.DescribeShardRequest\x1a$.expertmesh.v1.DescribeShardResponse\x12H\n\x07\x45xecute\x12\x1d.expertmesh.v1.ExecuteRequest\x1a\x1e.expertmesh.v1.ExecuteResponse\x12^\n\rExecuteStream\x12#.expertmesh.v1.ExecuteStreamRequest\x1a$.expertmesh.v1.ExecuteStreamResponse(\x01\x30\x01\x12N\n\tLoadSlots\x12\x1f.expertmesh.v1.LoadSlotsRequest\x1a .expertmesh.v1.LoadSlotsResponse\x12N\n\tDropSlots\x12\x1f.expertmesh.v1.DropSlotsRequest\x1a .expertmesh.v1.DropSlotsResponse\x12\x42\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1c.expertmesh.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.expert_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOADSLOTSREQUEST']._serialized_start=73
-  _globals['_LOADSLOTSREQUEST']._serialized_end=134
-  _globals['_LOADSLOTSRESPONSE']._serialized_start=136
-  _globals['_LOADSLOTSRESPONSE']._serialized_end=177
-  _globals['_DROPSLOTSREQUEST']._serialized_start=179
-  _globals['_DROPSLOTSREQUEST']._serialized_end=240
-  _globals['_DROPSLOTSRESPONSE']._serialized_start=242
-  _globals['_DROPSLOTSRESPONSE']._serialized_end=261
-  _globals['_DESCRIBESHARDREQUEST']._serialized_start=263
-  _globals['_DESCRIBESHARDREQUEST']._serialized_end=285
-  _globals['_DESCRIBESHARDRESPONSE']._serialized_start=288
-  _globals['_DESCRIBESHARDRESPONSE']._serialized_end=501
-  _globals['_LAYERSLOTS']._serialized_start=503
-  _globals['_LAYERSLOTS']._serialized_end=547
-  _globals['_EXECUTEREQUEST']._serialized_start=550
-  _globals['_EXECUTEREQUEST']._serialized_end=752
-  _globals['_EXECUTERESPONSE']._serialized_start=754
-  _globals['_EXECUTERESPONSE']._serialized_end=855
-  _globals['_EXECUTESTREAMREQUEST']._serialized_start=858
-  _globals['_EXECUTESTREAMREQUEST']._serialized_end=1092
-  _globals['_CANCELEXECUTION']._serialized_start=1094
-  _globals['_CANCELEXECUTION']._serialized_end=1111
-  _globals['_EXECUTESTREAMRESPONSE']._serialized_start=1114
-  _globals['_EXECUTESTREAMRESPONSE']._serialized_end=1303
-  _globals['_EXPERTSERVICE']._serialized_start=1306
-  _globals['_EXPERTSERVICE']._serialized_end=1743
+  _globals['_DRAINREQUEST']._serialized_start=73
+  _globals['_DRAINREQUEST']._serialized_end=87
+  _globals['_DRAINRESPONSE']._serialized_start=89
+  _globals['_DRAINRESPONSE']._serialized_end=104
+  _globals['_LOADSLOTSREQUEST']._serialized_start=106
+  _globals['_LOADSLOTSREQUEST']._serialized_end=167
+  _globals['_LOADSLOTSRESPONSE']._serialized_start=169
+  _globals['_LOADSLOTSRESPONSE']._serialized_end=210
+  _globals['_DROPSLOTSREQUEST']._serialized_start=212
+  _globals['_DROPSLOTSREQUEST']._serialized_end=273
+  _globals['_DROPSLOTSRESPONSE']._serialized_start=275
+  _globals['_DROPSLOTSRESPONSE']._serialized_end=294
+  _globals['_DESCRIBESHARDREQUEST']._serialized_start=296
+  _globals['_DESCRIBESHARDREQUEST']._serialized_end=318
+  _globals['_DESCRIBESHARDRESPONSE']._serialized_start=321
+  _globals['_DESCRIBESHARDRESPONSE']._serialized_end=534
+  _globals['_LAYERSLOTS']._serialized_start=536
+  _globals['_LAYERSLOTS']._serialized_end=580
+  _globals['_EXECUTEREQUEST']._serialized_start=583
+  _globals['_EXECUTEREQUEST']._serialized_end=785
+  _globals['_EXECUTERESPONSE']._serialized_start=787
+  _globals['_EXECUTERESPONSE']._serialized_end=888
+  _globals['_EXECUTESTREAMREQUEST']._serialized_start=891
+  _globals['_EXECUTESTREAMREQUEST']._serialized_end=1125
+  _globals['_CANCELEXECUTION']._serialized_start=1127
+  _globals['_CANCELEXECUTION']._serialized_end=1144
+  _globals['_EXECUTESTREAMRESPONSE']._serialized_start=1147
+  _globals['_EXECUTESTREAMRESPONSE']._serialized_end=1336
+  _globals['_EXPERTSERVICE']._serialized_start=1339
+  _globals['_EXPERTSERVICE']._serialized_end=1844
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,11 @@ class ExpertServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.ExpertService/Drain',
+                request_serializer=expertmesh_dot_v1_dot_expert__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_expert__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ExpertServiceServicer(object):
@@ -127,6 +132,17 @@ class ExpertServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Ends this server: it takes no more requests, ends those in flight, and its
+        process ends.
+
+        The load controller calls it when nothing depends on the server any more.
+        Answers once routers can be told. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExpertServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +170,11 @@ def add_ExpertServiceServicer_to_server(servicer, server):
                     servicer.DropSlots,
                     request_deserializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_expert__pb2.DropSlotsResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_v1_dot_expert__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_expert__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -292,6 +313,33 @@ class ExpertService(object):
             '/expertmesh.v1.ExpertService/DropSlots',
             expertmesh_dot_v1_dot_expert__pb2.DropSlotsRequest.SerializeToString,
             expertmesh_dot_v1_dot_expert__pb2.DropSlotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ExpertService/Drain',
+            expertmesh_dot_v1_dot_expert__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_v1_dot_expert__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,7 +1,8 @@
 """`expertmesh`: parse, run one command, say what went wrong in one line.
 
 Exit codes: 0 done; 1 the command failed (the message says why); 2 wrong usage; 3 `status` found the
-cluster not ready, or `balance` a router that has not confirmed.
+cluster not ready, `balance` a router that has not confirmed, or `scale` servers that do not answer
+yet.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 
 from expertmesh.errors import MeshError
-from fleet.cli import balance, collect_env, demo, down, plan, serve, status, top
+from fleet.cli import (
+    balance,
+    collect_env,
+    demo,
+    down,
+    drain,
+    plan,
+    scale,
+    serve,
+    status,
+    top,
+)
 from fleet.cli.output import as_json, emit
 
 _DESCRIPTION = """Serve the experts of Mixture-of-Experts models as a cluster.
@@ -24,11 +36,13 @@ examples:
   expertmesh status                            the last cluster started on this host
   expertmesh top                               its load and balance, as they change
   expertmesh plan                              what would change there, and why
+  expertmesh scale --max 6                     let it grow to six servers
+  expertmesh drain auto-3                      take a server out, while requests go on
   expertmesh balance freeze                    serve the checkpoint's own routing, now
   expertmesh down                              end it
 """
 
-_COMMANDS = (serve, status, top, plan, balance, demo, collect_env, down)
+_COMMANDS = (serve, status, top, plan, scale, drain, balance, demo, collect_env, down)
 
 
 def build_parser() -> argparse.ArgumentParser:

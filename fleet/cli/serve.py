@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from expertmesh.config import BalanceConfig
+from expertmesh.config import AutoscaleConfig, BalanceConfig
 from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.launch import launch
@@ -18,6 +18,7 @@ EXAMPLES = """\
   expertmesh serve ./model --balance adaptive --set max_delta=0.1 --set divergence_ceiling=0.05
   expertmesh serve ./model --ray-address auto --shards 8     # spread over a running Ray cluster
   expertmesh serve ./model --ray-address auto --controller 10.0.0.5:50050 --cpus-per-server 8
+  expertmesh serve ./model --ray-address auto --cpus-per-server 8 --autoscale max_replicas=8
 """
 
 
@@ -43,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics from this port on")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
+    parser.add_argument(
+        "--autoscale",
+        metavar="NAME=VALUE,...",
+        help="add and remove servers with the load, as min_replicas=1,max_replicas=8",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -71,6 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
             controller=arguments.controller,
             cpus_per_server=arguments.cpus_per_server,
             metrics_port=arguments.metrics_port,
+            autoscale=(
+                None
+                if arguments.autoscale is None
+                else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
+            ),
             progress=progress,
             command=NAME,
         )

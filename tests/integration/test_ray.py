@@ -22,8 +22,9 @@ import expertmesh
 from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expertmesh import ConfigError
 from expertmesh.checkpoint import Checkpoint
+from expertmesh.config import AutoscaleConfig
 from expertmesh.placement import initial_parts
-from fleet import launch
+from fleet import control, launch
 from tests.checkpoints import make_checkpoint
 
 pytestmark = pytest.mark.ray
@@ -132,6 +133,26 @@ def test_cuda_without_a_gpu_in_the_cluster_is_refused_at_once(
         plan_request(nodes, initial_parts(spec, 2), 1, spec, torch.float32, "cuda")
 
 
+def test_a_server_that_is_drained_ends_and_leaves_the_others_serving(
+    three_nodes: RayCluster, checkpoint: tuple[Path, torch.nn.Module]
+) -> None:
+    path, model = checkpoint
+    with (
+        launch(path, shards=1, replicas=2, ray_address=three_nodes.address) as cluster,
+        expertmesh.connect(cluster.address) as mesh,
+    ):
+        before = sorted(cluster.endpoints())
+        control.begin_drain(cluster.controller_address, "shard0-replica1", ()).result()
+        _wait_until(lambda: sorted(cluster.endpoints()) == ["shard0-replica0"])
+        hidden = torch.randn(9, mesh.describe().hidden_size)
+        output = mesh.forward(hidden, 1)
+
+    with torch.no_grad():
+        expected = model.model.layers[1].mlp(hidden[None])[0]  # type: ignore[union-attr,index]
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    assert before == ["shard0-replica0", "shard0-replica1"]
+
+
 def test_two_clusters_of_one_process_share_its_ray(
     checkpoint: tuple[Path, torch.nn.Module],
 ) -> None:
@@ -163,6 +184,17 @@ def test_two_clusters_of_one_process_share_its_ray(
         ({"weights": "fp4"}, "weights is 'fp4'"),
         ({"balance": "upwards"}, "upwards"),
         ({"shards": 1000}, "use fewer shards"),
+        ({"autoscale": AutoscaleConfig()}, "autoscale needs ray_address"),
+        (
+            {
+                "autoscale": AutoscaleConfig(max_replicas=3),
+                "shards": 2,
+                "replicas": 2,
+                "ray_address": "127.0.0.1:1",
+                "cpus_per_server": 1,
+            },
+            "4 servers to begin with",
+        ),
     ],
 )
 def test_a_launch_that_cannot_be_is_refused_before_ray_starts(

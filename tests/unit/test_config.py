@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertmesh.config import BalanceConfig
+from expertmesh.config import AutoscaleConfig, BalanceConfig
 from expertmesh.errors import ConfigError
 
 
@@ -54,3 +54,14 @@ def test_settings_are_given_as_text_with_or_without_their_section() -> None:
 def test_a_setting_that_is_none_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=r"balance"):
         BalanceConfig().with_settings([setting])
+
+
+def test_the_autoscaler_takes_settings_as_text() -> None:
+    config = AutoscaleConfig().with_settings(
+        ["min_replicas=2", "autoscale.max_replicas=4", "downscale_delay_s=30", "max_step_up=none"]
+    )
+
+    assert (config.min_replicas, config.max_replicas) == (2, 4)
+    assert (config.downscale_delay_s, config.max_step_up) == (30.0, None)
+    with pytest.raises(ConfigError, match="a setting of autoscale is 'replicas=3'"):
+        config.with_settings(["replicas=3"])

@@ -14,7 +14,7 @@ from expertmesh.errors import InvalidRequestError, MismatchError, SupersededErro
 from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import expert_pb2, router_pb2, tensor_pb2
-from load_controller.controller import LOST_AFTER_S, LoadController
+from load_controller.controller import FORGET_AFTER_S, LOST_AFTER_S, LoadController
 from load_controller.ledger import Ledger, Report, SourceKey
 from load_controller.store import Store
 
@@ -343,6 +343,37 @@ def test_a_peer_of_another_checkpoint_or_protocol_is_refused() -> None:
         controller.check_peer("x", PROTOCOL_VERSION, "another")
     with pytest.raises(MismatchError, match="protocol version"):
         controller.check_peer("x", PROTOCOL_VERSION + 1, "digest")
+
+
+def test_a_drained_server_is_forgotten_after_a_while_and_a_lost_one_is_not(tmp_path: Path) -> None:
+    controller = _controller(tmp_path / "state.sqlite")
+    controller.announce(_announce("gone", state="draining"), now=0.0)
+    controller.announce(_announce("cut-off"), now=0.0)
+
+    controller.mark_lost(FORGET_AFTER_S)
+    soon = {server.server_id: server.state for server in controller.directory().servers}
+    before = controller.epoch
+    controller.mark_lost(FORGET_AFTER_S + 0.1)
+    later = [server.server_id for server in controller.directory().servers]
+    restarted = _controller(tmp_path / "state.sqlite")
+
+    assert soon == {"gone": "draining", "cut-off": "lost"}
+    assert later == ["cut-off"]
+    assert [server.server_id for server in restarted.directory().servers] == ["cut-off"]
+    assert restarted.epoch == controller.epoch == before + 1
+
+
+def test_how_busy_a_server_is_is_no_news_for_routers() -> None:
+    controller = _controller()
+    controller.announce(_announce(), now=0.0)
+    version = controller.directory_version
+    busy = _announce()
+    busy.load.busy_us = 7
+
+    controller.announce(busy, now=1.0)
+
+    assert controller.directory_version == version
+    assert controller.fleet(now=1.0).servers[0].load.busy_us == 7
 
 
 def test_the_epoch_moves_with_slots_and_not_with_restarts() -> None:
