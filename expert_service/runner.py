@@ -125,9 +125,13 @@ class DeviceRunner:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while self._take_arrivals():
-                pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
-                if pieces:
-                    self._compute(pieces)
+                self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Computes what comes next, and keeps nothing of it: a caller may wait for its memory."""
+        pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
+        if pieces:
+            self._compute(pieces)
 
     def _take_arrivals(self) -> bool:
         """Moves what has arrived into the queue; waits when that is empty. False at the end."""
