@@ -241,9 +241,9 @@ def _set(future: asyncio.Future[Any], outcome: object) -> None:
 
 
 def _response(job: _Request) -> ExecuteResponse:
-    outputs = job.outputs
+    outputs, room = job.outputs, job.request.room
     return ExecuteResponse(
-        hidden_states=outputs[0] if len(outputs) == 1 else torch.cat(outputs),
+        hidden_states=outputs[0] if len(outputs) == 1 else torch.cat(outputs, out=room),
         queue_us=(job.started_at_ns - job.queued_at_ns) // 1000,
         compute_us=job.compute_ns // 1000,
     )

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from google.protobuf.message import DecodeError
 
 from expertmesh.codec.references import Blocks
@@ -59,6 +60,13 @@ class Borrowed:
     def __init__(self, lease: Lease, room: Bytes) -> None:
         self.lease = lease
         self.room: Bytes | None = room  # for the answer
+
+    def room_like(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Room for an answer of the tensor's shape and dtype; None where there is too little."""
+        size = tensor.nbytes
+        if self.room is None or not 0 < size <= self.room.nbytes:
+            return None
+        return torch.from_numpy(self.room[:size]).view(tensor.dtype).view(tensor.shape)
 
     def give_back(self, call: Callable[[], None]) -> None:
         """Calls back when nothing uses the memory any more; see `Lease.when_ended`."""
