@@ -322,6 +322,7 @@ class FrameSession:
             frame.timer.cancel()
         if frame.task is not None:
             frame.task.cancel()
+            frame.task = None  # the task holds the frame: neither would go before the collector ran
         return frame
 
     async def _answer(self, frame_id: int, frame: _Frame) -> None:
