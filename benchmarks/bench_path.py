@@ -35,11 +35,13 @@ _SAYS = f"""\
 Every process is on one machine, without Ray: clients (one process, asyncio, a connection each),
 router, {_SHARDS} expert servers. The experts compute nothing: a row comes back as the row times the
 sum of its weights (`--backend noop`), so that what is timed is the path. `mesh` is one
-`AsyncMesh.forward`, from tensor to tensor. `echo` sends the same bytes in chunks of 1 MiB over the
-same two hops of bare grpc.aio streams, to a relay and from it to {_SHARDS} echo servers, whole, and
-one answer back: what gRPC in Python takes at the least, without a tensor, a gate or a plan. `ratio`
-is p50 of mesh over p50 of echo, block by block: median (least–largest). The clients share the
-cores with the servers, so requests/s is of all of them together."""
+`AsyncMesh.forward`, from tensor to tensor. `shm` is the same with a client and a router that share
+memory (`shared_memory="auto"`), in a cluster of its own. `echo` sends the same bytes in chunks of
+1 MiB over the same two hops of bare grpc.aio streams, to a relay and from it to {_SHARDS} echo
+servers, whole, and one answer back: what gRPC in Python takes at the least, without a tensor, a
+gate or a plan. `ratio` is p50 of mesh over p50 of echo, block by block: median (least–largest), and
+`shm ratio` that of shm. The clients share the cores with the servers, so requests/s is of all of
+them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Bench:
         self.block = make_block(shape)
         save_block(self.block, folder)
         self.meshes: list[AsyncMesh] = []
+        self.shared: list[AsyncMesh] = []  # to the cluster whose hops share memory
         self.echoes: list[EchoStream] = []
 
     async def measure(self, report: Report, case: Case, blocks: int) -> None:
@@ -115,7 +118,8 @@ class Bench:
             return lambda: echo.send(payload)
 
         expected = (rows.float() * weights.float().sum(1, keepdim=True)).to(rows.dtype)
-        for mesh in self.meshes[: case.clients]:
+        meshes, shared = self.meshes[: case.clients], self.shared[: case.clients]
+        for mesh in [*meshes, *shared]:
             output = await mesh.forward(rows, 0, timeout=_TIMEOUT_S, **routing)
             report.gate(str(case), output, expected, _TOLERANCE)
         for echo in self.echoes[: case.clients]:
@@ -123,7 +127,8 @@ class Bench:
                 raise WrongOutputError("the echo lost bytes")
         clients = {
             "echo": [echo_request(echo) for echo in self.echoes[: case.clients]],
-            "mesh": [mesh_request(mesh) for mesh in self.meshes[: case.clients]],
+            "mesh": [mesh_request(mesh) for mesh in meshes],
+            "shm": [mesh_request(mesh) for mesh in shared],
         }
         results: dict[str, list[Block]] = {name: [] for name in clients}
         for _ in range(blocks):
@@ -138,7 +143,7 @@ def _add(report: Report, case: Case, results: dict[str, list[Block]]) -> None:
         for name, blocks in results.items()
     }
     columns: dict[str, object] = {}
-    for name in ("mesh", "echo"):
+    for name in ("mesh", "shm", "echo"):
         latencies = [each for block in results[name] for each in block.latencies_ms]
         columns |= {
             f"{name} p50 ms": round(quantile(latencies, 0.5), 3),
@@ -148,14 +153,21 @@ def _add(report: Report, case: Case, results: dict[str, list[Block]]) -> None:
             ),
         }
     samples = sum(len(block.latencies_ms) for block in results["mesh"])
-    report.add(str(case), **columns, ratio=ratios(p50["mesh"], p50["echo"]), samples=samples)
+    columns["ratio"] = ratios(p50["mesh"], p50["echo"])
+    columns["shm ratio"] = ratios(p50["shm"], p50["echo"])
+    report.add(str(case), **columns, samples=samples)
 
 
-async def _measure_all(bench: Bench, report: Report, router: str, echo: str, blocks: int) -> None:
+async def _measure_all(
+    bench: Bench, report: Report, router: str, sharing: str, echo: str, blocks: int
+) -> None:
+    """`router` and `sharing` are the routers of the two clusters."""
     clients = max(case.clients for case in CASES)
     async with AsyncExitStack() as stack:
         for _ in range(clients):
-            bench.meshes.append(await stack.enter_async_context(await connect_async(router)))
+            bench.meshes.append(await stack.enter_async_context(connect_async(router)))
+            shared = connect_async(sharing, shared_memory="auto")
+            bench.shared.append(await stack.enter_async_context(shared))
             bench.echoes.append(EchoStream(echo))
             stack.push_async_callback(bench.echoes[-1].close)
         for case in CASES:
@@ -183,9 +195,10 @@ def main() -> None:
         bench = Bench(TINY_EXPERTS, folder)
         with (
             cluster(folder, folder, _SHARDS, backend="noop") as router,
+            cluster(folder, folder, _SHARDS, backend="noop", shared_memory="auto") as sharing,
             echo_over_two_hops(folder, _SHARDS) as echo,
         ):
-            uvloop.run(_measure_all(bench, report, router, echo, arguments.blocks))
+            uvloop.run(_measure_all(bench, report, router, sharing, echo, arguments.blocks))
     print(report.markdown())
     if arguments.json:
         report.write_json(arguments.json)

@@ -49,14 +49,20 @@ def service(folder: Path, *command: str) -> Iterator[str]:
 
 
 @contextmanager
-def cluster(checkpoint: Path, folder: Path, shards: int, backend: str = "auto") -> Iterator[str]:
-    """A controller, a router and `shards` expert servers of one thread; the router's address."""
+def cluster(
+    checkpoint: Path, folder: Path, shards: int, backend: str = "auto", shared_memory: str = "off"
+) -> Iterator[str]:
+    """A controller, a router and `shards` expert servers of one thread; the router's address.
+
+    `shared_memory` is the router's, with the expert servers.
+    """
     with ExitStack() as stack:
         start = stack.enter_context
-        state = str(folder / "state.sqlite")
+        state = str(folder / f"state-{shared_memory}.sqlite")
         controller = start(service(folder, "-m", "load_controller", "--state", state))
         link = ("--controller", controller)
-        router = start(service(folder, "-m", "router_service", str(checkpoint), *link))
+        router = start(service(folder, "-m", "router_service", str(checkpoint),
+                               "--shared-memory", shared_memory, *link))  # fmt: skip
         for shard in range(shards):
             part = ("--shard", f"{shard}/{shards}", "--backend", backend)
             start(service(folder, "-m", "expert_service", str(checkpoint), *part, *link))

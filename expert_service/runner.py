@@ -115,11 +115,11 @@ class DeviceRunner:
                     request.expert_ids,
                     request.expert_weights,
                 )
+            took_ns = time.perf_counter_ns() - started_at_ns
+            self.use.worked(took_ns)
         finally:
             self._device.release()
             self.use.leave()
-        took_ns = time.perf_counter_ns() - started_at_ns
-        self.use.worked(took_ns)
         self._quick.learn(job_key, rows, took_ns)
         response = ExecuteResponse(hidden_states=output, compute_us=took_ns // 1000)
         self._observe(response, rows)
@@ -166,10 +166,14 @@ class DeviceRunner:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while self._take_arrivals():
-                with self._device:
-                    pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
-                    if pieces:
-                        self._compute(pieces)
+                self._take_turn()
+
+    def _take_turn(self) -> None:
+        """Computes what comes next, and keeps nothing of it: a caller may wait for its memory."""
+        with self._device:
+            pieces = [piece for piece in self._waiting.next() if self._begin(piece)]
+            if pieces:
+                self._compute(pieces)
 
     def _take_arrivals(self) -> bool:
         """Moves what has arrived into the queue; waits when that is empty. False at the end."""
@@ -313,9 +317,9 @@ def _set(future: asyncio.Future[Any], outcome: object) -> None:
 
 
 def _response(job: _Request) -> ExecuteResponse:
-    outputs = job.outputs
+    outputs, room = job.outputs, job.request.room
     return ExecuteResponse(
-        hidden_states=outputs[0] if len(outputs) == 1 else torch.cat(outputs),
+        hidden_states=outputs[0] if len(outputs) == 1 else torch.cat(outputs, out=room),
         queue_us=(job.started_at_ns - job.queued_at_ns) // 1000,
         compute_us=job.compute_ns // 1000,
     )

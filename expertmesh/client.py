@@ -11,6 +11,7 @@ import grpc.aio
 import torch
 
 from expertmesh.codec.messages import FORWARD_REQUEST, FORWARD_RESPONSE, ForwardRequest
+from expertmesh.config import SharedMemoryConfig, SharedMemoryMode
 from expertmesh.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -22,6 +23,7 @@ from expertmesh.request import deadline_after, make_request
 from expertmesh.rpc import loop, status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import router_pb2 as pb
 from expertmesh.v1 import router_pb2_grpc
@@ -33,8 +35,9 @@ _CONTROL_TIMEOUT_S = 10.0
 class _RouterLink:
     """One router: a channel, and a stream that is reopened when it breaks."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, shared_memory: SharedMemoryConfig) -> None:
         self.address = address
+        self._shared_memory = shared_memory
         self._channel = open_channel(address)
         self.stub = router_pb2_grpc.RouterServiceStub(self._channel)
         self._stream: FrameStream | None = None
@@ -53,6 +56,7 @@ class _RouterLink:
                 FORWARD_REQUEST,
                 FORWARD_RESPONSE,
                 f"router at {self.address}",
+                Lender.of(self._shared_memory, views=False),
             )  # fmt: skip
             if old is not None:
                 await old.close()
@@ -77,8 +81,11 @@ class _RouterLink:
 class AsyncMesh:
     """A connection to a cluster, for asyncio. Used from one event loop; see `connect_async`."""
 
-    def __init__(self, addresses: list[str]) -> None:
-        self._links = {address: _RouterLink(address) for address in addresses}
+    def __init__(
+        self, addresses: list[str], shared_memory: str | SharedMemoryConfig = "off"
+    ) -> None:
+        self._shared_memory = SharedMemoryConfig.of(shared_memory)
+        self._links = {each: _RouterLink(each, self._shared_memory) for each in addresses}
         self._info: MeshInfo | None = None
         self._turn = 0
         self._closed = False
@@ -90,7 +97,7 @@ class AsyncMesh:
         local = any(_is_loopback(address) for address in self._links)
         for address in self._info.routers:
             if address not in self._links and (local or not _is_loopback(address)):
-                self._links[address] = _RouterLink(address)
+                self._links[address] = _RouterLink(address, self._shared_memory)
 
     async def _describe(self, deadline: Deadline) -> MeshInfo:
         while True:
@@ -305,8 +312,10 @@ class Connecting(Coroutine[Any, Any, AsyncMesh]):
             await self._mesh.close()
 
 
-async def _open(addresses: list[str], timeout: float) -> AsyncMesh:
-    mesh = AsyncMesh(addresses)
+async def _open(
+    addresses: list[str], timeout: float, shared_memory: str | SharedMemoryConfig
+) -> AsyncMesh:
+    mesh = AsyncMesh(addresses, shared_memory)
     try:
         await mesh.open(timeout)
     except BaseException:
@@ -315,19 +324,31 @@ async def _open(addresses: list[str], timeout: float) -> AsyncMesh:
     return mesh
 
 
-def connect_async(address: str, timeout: float = 10.0) -> Connecting:
+def connect_async(
+    address: str,
+    timeout: float = 10.0,
+    *,
+    shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
+) -> Connecting:
     """Connects to a cluster by the address of a router, or several, separated by commas.
 
     `mesh = await connect_async(...)`, or `async with connect_async(...) as mesh`. Further routers
-    of the same cluster are found, and requests spread over all of them. Raises UnavailableError
-    when none answers within `timeout` seconds.
+    of the same cluster are found, and requests spread over all of them. With `shared_memory`
+    "auto", hidden states go through memory that is shared with those routers that run on the same
+    host as the same user, and over TCP to the others. Raises UnavailableError when none answers
+    within `timeout` seconds.
     """
-    return Connecting(_open(_addresses(address), timeout))
+    return Connecting(_open(_addresses(address), timeout, shared_memory))
 
 
-def connect(address: str, timeout: float = 10.0) -> Mesh:
+def connect(
+    address: str,
+    timeout: float = 10.0,
+    *,
+    shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
+) -> Mesh:
     """The blocking, thread-safe twin of `connect_async`."""
-    return Mesh(loop.run(_open(_addresses(address), timeout)))
+    return Mesh(loop.run(_open(_addresses(address), timeout, shared_memory)))
 
 
 def _is_loopback(address: str) -> bool:

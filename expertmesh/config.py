@@ -11,6 +11,8 @@ from expertmesh.errors import ConfigError
 
 BalanceMode = Literal["frozen", "adaptive", "off"]
 BalancePolicy = Literal["sign", "proportional"]
+_MAX_SHARED_BYTES = 1 << 30  # of one arena that a server maps
+SharedMemoryMode = Literal["auto", "off"]
 RateSchedule = Literal["constant", "inverse", "cosine"]
 
 
@@ -116,7 +118,35 @@ class RpcConfig:
     max_request_bytes: int = 256 << 20  # one request's hidden states: 16k tokens of width 7168
     max_inflight_bytes: int = 1 << 30  # all requests' hidden states: beyond, QUEUE_FULL
     max_inflight_frames: int = 4096  # the same in number: each holds a task and a future
+    max_shared_bytes: int = _MAX_SHARED_BYTES  # one caller's shared memory; 0: everything over TCP
     drain_s: float = 5.0  # a stopping server lets this long pass for requests in flight
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedMemoryConfig:
+    """Whether a caller shares memory with the peers of each of its streams, and how much."""
+
+    mode: SharedMemoryMode = "off"  # "auto": with those on the same host, of the same user; one
+    # more way to fail is for those to choose who gain by it
+    size_bytes: int = 256 << 20  # of each stream; only what was needed at a time is ever touched,
+    # and what finds no room goes over TCP
+
+    def __post_init__(self) -> None:
+        _require(self.mode in get_args(SharedMemoryMode), "shared_memory", self.mode,
+                 "auto or off")  # fmt: skip
+        _require(
+            0 < self.size_bytes <= _MAX_SHARED_BYTES,
+            "shared_memory.size_bytes",
+            self.size_bytes,
+            f"1 to {_MAX_SHARED_BYTES}, which servers take",
+        )
+
+    @classmethod
+    def of(cls, shared_memory: str | SharedMemoryConfig) -> SharedMemoryConfig:
+        """`shared_memory` itself, or the default configuration of the mode it names."""
+        if isinstance(shared_memory, cls):
+            return shared_memory
+        return cls(mode=shared_memory)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +170,7 @@ class RouterConfig:
     # a divergence of 5 % to one part in ten with 8 experts a row
     sample_bytes: int = 1 << 20  # of scores in one report, over all layers: 58 layers of 256
     # experts get 17 rows each
+    shared_memory: SharedMemoryConfig = SharedMemoryConfig()  # with the expert servers
     inline_rows: int = 64  # batches up to this are planned on the event loop: a thread hop costs
     # more than the work
 

@@ -196,29 +196,34 @@ def rows_of(tensor_TX: torch.Tensor, rows: npt.NDArray[np.int64] | None) -> torc
 def combine(
     hidden_TH: torch.Tensor,
     contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
+    room_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Adds up partial sums, each [R, H] for its rows, in float32; rounds once, to hidden's dtype.
 
-    The order of the sum is that of `contributions`. Rows without any are zero.
+    The order of the sum is that of `contributions`. Rows without any are zero. The sum may be
+    written into `room_TH`, of hidden's shape and dtype, and is that tensor then.
     """
     if all(rows is None for rows, _ in contributions) and contributions:
-        return _add_up([partial for _, partial in contributions], hidden_TH.dtype)
+        return _add_up([partial for _, partial in contributions], hidden_TH.dtype, room_TH)
     total = torch.zeros(hidden_TH.shape, dtype=torch.float32)
     for rows, partial in contributions:
         if rows is None:
             total += partial
         else:
             total.index_add_(0, torch.from_numpy(rows), partial.float())
-    return total.to(hidden_TH.dtype)
+    return total.to(hidden_TH.dtype) if room_TH is None else room_TH.copy_(total)
 
 
-def _add_up(partials: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _add_up(
+    partials: Sequence[torch.Tensor], dtype: torch.dtype, room: torch.Tensor | None
+) -> torch.Tensor:
     """The sum of partial sums for the same rows, in float32, rounded once to `dtype`."""
     if len(partials) == 1:
         return partials[0].to(dtype)
     if len(partials) == 2 and partials[0].dtype == partials[1].dtype == dtype:
-        return partials[0] + partials[1]  # of 16-bit types, too, torch adds two in float32
-    total = torch.empty(partials[0].shape, dtype=dtype)
+        # Of 16-bit types, too, torch adds two in float32.
+        return torch.add(partials[0], partials[1], out=room)
+    total = torch.empty(partials[0].shape, dtype=dtype) if room is None else room
     for start in range(0, len(total), _COMBINE_ROWS):
         block = slice(start, start + _COMBINE_ROWS)
         summed = partials[0][block].float()

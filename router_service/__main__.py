@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from expertmesh.config import RpcConfig
+from expertmesh.config import RouterConfig, RpcConfig, SharedMemoryConfig
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from router_service.server import RouterServer, open_model
 
@@ -23,6 +23,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--router-id", default="router-0", help="stable name of this router")
     parser.add_argument("--host", default="127.0.0.1", help="address that clients can reach")
     parser.add_argument("--port", type=int, default=0, help="0 for any free port")
+    parser.add_argument(
+        "--shared-memory",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: share memory with expert servers of this host and user (default off)",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -34,6 +40,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         controller=arguments.controller,
         host=arguments.host,
         rpc=RpcConfig(port=arguments.port),
+        config=RouterConfig(shared_memory=SharedMemoryConfig(mode=arguments.shared_memory)),
         metrics_port=arguments.metrics_port,
     )
     await run_until_signal(server, lambda: say_listening(server.address, server.metrics_address))

@@ -19,6 +19,7 @@ from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.rpc import status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import expert_pb2, router_pb2
 
@@ -63,6 +64,11 @@ class ServerLink:
     def in_flight(self) -> int:
         """Requests sent and not answered."""
         return self._stream.in_flight if self._stream is not None else 0
+
+    @property
+    def transport(self) -> str:
+        """See `FrameStream.transport`."""
+        return self._stream.transport if self._stream is not None else "tcp"
 
     def update(self, announced: router_pb2.ServerStatus) -> None:
         """Takes what the directory now says; another endpoint or incarnation reconnects."""
@@ -127,6 +133,7 @@ class ServerLink:
             messages.EXECUTE_REQUEST,
             messages.EXECUTE_RESPONSE,
             f"expert server {self.announced.server_id} at {endpoint}",
+            Lender.of(self._config.shared_memory, views=True),
         )
         self.error = ""
         self._suspect_until = 0.0

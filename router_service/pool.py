@@ -109,6 +109,7 @@ class ExpertPool:
             entry.error = entry.error or link.error
             entry.requests_in_flight = link.in_flight
             entry.answered_rows = link.answered_rows
+            entry.transport = link.transport
             listed.append(entry)
         return listed
 

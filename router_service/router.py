@@ -112,7 +112,8 @@ class Router:
         if batch.sample is not None:
             self.meter.take(layer.index, batch.sample)
         result = await self._fanout.run(batch, layer.index, snapshot, deadline)
-        hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions)
+        room = requests[0].room if len(requests) == 1 else None
+        hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions, room)
         routed = batch.routed_columns
         answer = Answer(
             hidden,

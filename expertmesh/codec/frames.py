@@ -14,11 +14,13 @@ from itertools import chain
 
 from expertmesh.codec import tensors, wire
 from expertmesh.codec.messages import Codec, M
+from expertmesh.codec.references import Blocks
 from expertmesh.errors import InvalidRequestError, MeshError, from_wire
 
 CHUNK_BYTES = 1 << 20
 _MAX_RETRY_AFTER_S = 3600.0
 _FRAME_ID, _START, _CHUNK, _END, _TIMEOUT_US, _TRACEPARENT = 1, 2, 3, 4, 5, 6
+_BLOCKS, _RETURNED, _SHARED = 7, 8, 9
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class Start:
     end: int
     timeout_us: int
     traceparent: str
+    blocks: Blocks | None = None  # of a request whose hidden states lie in shared memory
+    shared: bool = False  # an answer whose hidden states do
 
 
 @dataclass(slots=True)
@@ -44,6 +48,15 @@ class Chunk:
 @dataclass(slots=True)
 class End:
     """CancelFrame from a client, FrameError from a server: buffer[at:end]."""
+
+    frame_id: int
+    at: int
+    end: int
+
+
+@dataclass(slots=True)
+class Returned:
+    """FrameReturned from a server: the frame's blocks are the caller's again."""
 
     frame_id: int
     at: int
@@ -69,6 +82,34 @@ def encode(
     return chain(start, _chunks(identity, data)) if first < len(data) else iter(start)
 
 
+def encode_by_reference(
+    codec: Codec[M],
+    message: M,
+    frame_id: int,
+    timeout_us: int = 0,
+    traceparent: str = "",
+    *,
+    blocks: Blocks | None = None,
+) -> bytes:
+    """The one stream message of a frame whose hidden states lie in shared memory.
+
+    With `blocks` it is a request, without it is an answer to one.
+    """
+    head, tail = codec.encode(message, 0)
+    return b"".join(
+        (
+            wire.field_varint(_FRAME_ID, frame_id),
+            wire.length_prefix(_START, len(head) + len(tail)),
+            head,
+            tail,
+            wire.field_varint(_TIMEOUT_US, timeout_us),
+            wire.field_text(_TRACEPARENT, traceparent),
+            wire.field_bytes(_BLOCKS, blocks.encode()) if blocks is not None else b"",
+            wire.field_varint(_SHARED, blocks is None),
+        )
+    )
+
+
 def _chunks(identity: bytes, data: memoryview) -> Iterator[bytes]:
     for at in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
         part = data[at : at + CHUNK_BYTES]
@@ -79,6 +120,11 @@ def _chunks(identity: bytes, data: memoryview) -> Iterator[bytes]:
 def encode_cancel(frame_id: int) -> bytes:
     """The message that gives a frame up."""
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_END, b"")
+
+
+def encode_returned(frame_id: int) -> bytes:
+    """The message that gives a frame's blocks back."""
+    return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_RETURNED, b"")
 
 
 def encode_error(frame_id: int, error: MeshError) -> bytes:
@@ -95,15 +141,16 @@ def encode_error(frame_id: int, error: MeshError) -> bytes:
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_END, body)
 
 
-def decode(buffer: bytes) -> Start | Chunk | End:
+def decode(buffer: bytes) -> Start | Chunk | End | Returned:
     """One stream message. Raises InvalidRequestError, nothing else."""
-    frame_id = timeout_us = kind_seen = at = end = 0
+    frame_id = timeout_us = kind_seen = at = end = shared = 0
     traceparent = ""
+    blocks = None
     for number, kind, value, upto in wire.fields(buffer, 0, len(buffer)):
         if number == _FRAME_ID:
             wire.expect(kind, wire.VARINT, "frame_id")
             frame_id = value
-        elif number in (_START, _CHUNK, _END):
+        elif number in (_START, _CHUNK, _END, _RETURNED):
             wire.expect(kind, wire.BYTES, "kind")
             kind_seen, at, end = number, value, upto
         elif number == _TIMEOUT_US:
@@ -112,12 +159,20 @@ def decode(buffer: bytes) -> Start | Chunk | End:
         elif number == _TRACEPARENT:
             wire.expect(kind, wire.BYTES, "traceparent")
             traceparent = wire.text(buffer, value, upto, "traceparent")
+        elif number == _BLOCKS:
+            wire.expect(kind, wire.BYTES, "blocks")
+            blocks = Blocks.decode(buffer, value, upto)
+        elif number == _SHARED:
+            wire.expect(kind, wire.VARINT, "shared")
+            shared = value
     if kind_seen == _START:
-        return Start(frame_id, at, end, timeout_us, traceparent)
+        return Start(frame_id, at, end, timeout_us, traceparent, blocks, bool(shared))
     if kind_seen == _CHUNK:
         return Chunk(frame_id, *_chunk_data(buffer, at, end))
     if kind_seen == _END:
         return End(frame_id, at, end)
+    if kind_seen == _RETURNED:
+        return Returned(frame_id, at, end)
     raise InvalidRequestError("the stream message names no kind: expected a start, chunk or end")
 
 

@@ -30,6 +30,7 @@ class ForwardRequest:
     include_shared: bool = False
     want_detail: bool = False
     request_id: str = ""
+    room: torch.Tensor | None = None  # [T, H] where the answer may be written; never sent
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,6 +55,7 @@ class ExecuteRequest:
     expert_weights: torch.Tensor  # [R, k] float32
     epoch: int = 0
     request_id: str = ""
+    room: torch.Tensor | None = None  # [R, H] where the answer may be written; never sent
 
 
 @dataclass(slots=True, kw_only=True)

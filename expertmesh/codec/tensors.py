@@ -79,6 +79,15 @@ class TensorPart:
         self.buffer[self.have : self.have + size] = memoryview(buffer)[start:end]
         self.have += size
 
+    def refer(self, memory: memoryview) -> None:
+        """Takes every element from elsewhere: `total` bytes in memory that the peer shares."""
+        if self.have:
+            raise InvalidRequestError(
+                f"hidden_states.data has {self.have} bytes, expected none beside blocks",
+                field="hidden_states.data",
+            )
+        self.buffer, self.start, self.have = memory, 0, self.total
+
     def tensor(self) -> torch.Tensor:
         """The tensor; a view of what was received wherever possible."""
         if self.total == 0:

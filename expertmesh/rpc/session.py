@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
+import torch
 
-from expertmesh.codec import frames
+from expertmesh.codec import frames, tensors
 from expertmesh.codec.messages import Codec, Pending
 from expertmesh.config import RpcConfig
 from expertmesh.errors import (
@@ -25,12 +28,15 @@ from expertmesh.errors import (
     OverloadedError,
     UnavailableError,
 )
-from expertmesh.rpc import status
+from expertmesh.rpc import borrowing, status
+from expertmesh.rpc.arena import Bytes
+from expertmesh.rpc.borrowing import Borrowed, Borrower
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.outbox import Outbox
 
 _log = logging.getLogger(__name__)
 OK = "OK"  # how a request ended, where the others are an error's `reason`
+_LARGE_BYTES = 1 << 20  # answers from here on are copied on a thread, not on the event loop
 RETRY_AFTER_S = 0.05  # a queue of ours empties within some tens of milliseconds
 _INCOMPLETE = InvalidRequestError(
     "the stream ended before all chunks of the hidden states had come: send them all",
@@ -53,9 +59,15 @@ class Admission:
         self.bytes = 0
         self.outcomes = dict.fromkeys((OK, *BY_REASON), 0)  # requests since the start
         self.draining = False
+        self.shared_streams = 0  # open ones whose callers lend memory
         self.streams: set[asyncio.Task[Any]] = set()  # the reading task of each open stream
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def max_shared_bytes(self) -> int:
+        """The largest memory that a caller may share; 0 for none."""
+        return self._config.max_shared_bytes
 
     @property
     def max_request_bytes(self) -> int:
@@ -130,10 +142,13 @@ class FrameProtocol:
 class _Frame:
     """One request that is arriving or being answered."""
 
-    __slots__ = ("deadline", "pending", "size", "task", "timer")
+    __slots__ = ("borrowed", "deadline", "pending", "size", "task", "timer")
 
-    def __init__(self, pending: Pending[Any], deadline: Deadline, size: int) -> None:
+    def __init__(
+        self, pending: Pending[Any], deadline: Deadline, size: int, borrowed: Borrowed | None
+    ) -> None:
         self.pending = pending
+        self.borrowed = borrowed
         self.deadline = deadline
         self.size = size
         self.task: asyncio.Task[None] | None = None  # once every chunk is here
@@ -153,6 +168,8 @@ class FrameSession:
         self._context = context
         self._protocol = protocol
         self._frames: dict[int, _Frame] = {}
+        self._borrower: Borrower | None = None
+        self._borrowed: dict[int, Borrowed] = {}  # of frames that ended, until they are returned
         self._outbox = Outbox()
         self._answered = asyncio.Event()
         self._stream_deadline = Deadline.after(context.time_remaining())
@@ -160,6 +177,19 @@ class FrameSession:
 
     async def run(self) -> None:
         """Reads frames and answers them; a stream that cannot be read is aborted."""
+        admission = self._protocol.admission
+        self._borrower, metadata = borrowing.take_offer(
+            self._context.invocation_metadata(), admission.max_shared_bytes
+        )
+        if metadata:
+            await self._context.send_initial_metadata(metadata)
+        admission.shared_streams += self._borrower is not None
+        try:
+            await self._run()
+        finally:
+            admission.shared_streams -= self._borrower is not None
+
+    async def _run(self) -> None:
         streams = self._protocol.admission.streams
         async with asyncio.TaskGroup() as group:
             writer = group.create_task(self._outbox.run(self._write))
@@ -216,19 +246,25 @@ class FrameSession:
                 field="frame_id",
             )
         admission = self._protocol.admission
+        borrowed = None
         try:
             pending = self._protocol.request_codec.decode(
                 buffer, message.at, message.end, admission.max_request_bytes
             )
+            if message.blocks is not None:
+                borrower = borrowing.require(self._borrower)
+                borrowed = borrower.borrow(message.blocks, pending.hidden_states)
             size = pending.hidden_states.total
             admission.enter(size)
         except MeshError as error:
             self._refuse(message.frame_id, error)
+            if message.blocks is not None and self._borrower is not None:
+                self._give_back(message.frame_id, borrowed)
             return
         deadline = self._stream_deadline
         if message.timeout_us:
             deadline = Deadline(min(deadline.at, Deadline.after(message.timeout_us / 1e6).at))
-        frame = self._frames[message.frame_id] = _Frame(pending, deadline, size)
+        frame = self._frames[message.frame_id] = _Frame(pending, deadline, size, borrowed)
         if deadline.timeout is not None:
             frame.timer = self._loop.call_later(deadline.timeout, self._expire, message.frame_id)
         self._start_if_complete(message.frame_id, frame, group)
@@ -249,7 +285,7 @@ class FrameSession:
     def _start_if_complete(self, frame_id: int, frame: _Frame, group: asyncio.TaskGroup) -> None:
         if not frame.pending.hidden_states.complete:
             return
-        request = frame.pending.finish()
+        request = _request(frame)
         if not self._answered_now(frame_id, frame, request):
             frame.task = group.create_task(self._answer(frame_id, frame, request))
 
@@ -259,18 +295,34 @@ class FrameSession:
 
     def _refuse(self, frame_id: int, error: MeshError) -> None:
         self._protocol.admission.ended(error.reason)
-        self._give_up(frame_id)
+        frame = self._give_up(frame_id)
         self._outbox.put(frame_id, iter((frames.encode_error(frame_id, error),)))
+        if frame is not None and frame.borrowed is not None:
+            self._give_back(frame_id, frame.borrowed)
 
     def _cancel(self, frame_id: int) -> None:
         if frame_id in self._frames:
             self._protocol.admission.ended(CancelledRequestError.reason)
-        self._give_up(frame_id)
+        frame = self._give_up(frame_id)
+        if frame is not None and frame.borrowed is not None:
+            self._give_back(frame_id, frame.borrowed)
 
-    def _give_up(self, frame_id: int) -> None:
+    def _give_back(self, frame_id: int, borrowed: Borrowed | None) -> None:
+        """Returns a frame's blocks to the caller as soon as nothing here uses them."""
+        if borrowed is None:
+            self._returned(frame_id)
+            return
+        self._borrowed[frame_id] = borrowed
+        borrowed.give_back(partial(_call_on, self._loop, self._returned, frame_id))
+
+    def _returned(self, frame_id: int) -> None:
+        self._borrowed.pop(frame_id, None)
+        self._outbox.put(frame_id, iter((frames.encode_returned(frame_id),)))
+
+    def _give_up(self, frame_id: int) -> _Frame | None:
         frame = self._frames.pop(frame_id, None)
         if frame is None:
-            return
+            return None
         self._protocol.admission.leave(frame.size)
         self._outbox.discard(frame_id)
         self._answered.set()
@@ -278,6 +330,8 @@ class FrameSession:
             frame.timer.cancel()
         if frame.task is not None:
             frame.task.cancel()
+            frame.task = None  # the task holds the frame: neither would go before the collector ran
+        return frame
 
     def _answered_now(self, frame_id: int, frame: _Frame, request: Any) -> bool:
         """Whether the request could be answered at once: then no task is made for it."""
@@ -288,36 +342,108 @@ class FrameSession:
             response = protocol.handle_now(request)
             if response is None:
                 return False
-            messages = frames.encode(protocol.response_codec, response, frame_id)
-            self._send(frame_id, frame, messages, OK)
+            copy = _copy_to_caller(frame, response.hidden_states)
+            if copy is not None:
+                copy()
+            self._send(frame_id, frame, response, shared=copy is not None)
         except Exception as failure:
             self._send_error(frame_id, frame, failure)
         return True
 
     async def _answer(self, frame_id: int, frame: _Frame, request: Any) -> None:
-        protocol = self._protocol
         try:
-            response = await answer(protocol.handle, request, frame.deadline)
-            messages = frames.encode(protocol.response_codec, response, frame_id)
+            response = await answer(self._protocol.handle, request, frame.deadline)
+            copy = _copy_to_caller(frame, response.hidden_states)
+            if copy is not None:
+                if response.hidden_states.nbytes < _LARGE_BYTES or copy is _nothing:
+                    copy()
+                else:
+                    await self._loop.run_in_executor(None, copy)
+            self._send(frame_id, frame, response, shared=copy is not None)
+        except asyncio.CancelledError as cancelled:
+            _forget(cancelled)
+            raise
         except Exception as failure:
             self._send_error(frame_id, frame, failure)
+
+    def _send(self, frame_id: int, frame: _Frame, response: Any, *, shared: bool) -> None:
+        codec = self._protocol.response_codec
+        if shared:
+            messages = iter((frames.encode_by_reference(codec, response, frame_id),))
         else:
-            self._send(frame_id, frame, messages, OK)
+            messages = frames.encode(codec, response, frame_id)
+        self._end(frame_id, frame, messages, OK, shared)
 
     def _send_error(self, frame_id: int, frame: _Frame, failure: Exception) -> None:
         error = failure if isinstance(failure, MeshError) else internal(failure)
         messages = iter((frames.encode_error(frame_id, error),))
-        self._send(frame_id, frame, messages, error.reason)
+        reason = error.reason
+        _forget(failure)
+        del error, failure
+        self._end(frame_id, frame, messages, reason)
 
-    def _send(self, frame_id: int, frame: _Frame, messages: Iterator[bytes], outcome: str) -> None:
-        protocol = self._protocol
-        if self._frames.pop(frame_id, None) is not None:
-            if frame.timer is not None:
-                frame.timer.cancel()
-            protocol.admission.ended(outcome)
-            leave = partial(protocol.admission.leave, frame.size)
-            self._outbox.put(frame_id, messages, leave)
-            self._answered.set()
+    def _end(
+        self,
+        frame_id: int,
+        frame: _Frame,
+        messages: Iterator[bytes],
+        outcome: str,
+        shared: bool = False,
+    ) -> None:
+        """Queues the last messages of a frame, unless it was given up meanwhile."""
+        if self._frames.pop(frame_id, None) is None:
+            return
+        if frame.timer is not None:
+            frame.timer.cancel()
+        admission = self._protocol.admission
+        admission.ended(outcome)
+        self._outbox.put(frame_id, messages, partial(admission.leave, frame.size))
+        if frame.borrowed is not None and not shared:
+            self._give_back(frame_id, frame.borrowed)
+        self._answered.set()
+
+
+def _request(frame: _Frame) -> Any:
+    """The whole request, with room for its answer where the caller lends some."""
+    request = frame.pending.finish()
+    if frame.borrowed is not None:
+        request.room = frame.borrowed.room_like(request.hidden_states)
+    return request
+
+
+def _copy_to_caller(frame: _Frame, output: torch.Tensor) -> Callable[[], object] | None:
+    """What puts an answer's elements into the caller's memory; None where they do not fit there."""
+    room = frame.borrowed.room if frame.borrowed is not None else None
+    if room is None or output.nbytes > room.nbytes:
+        return None
+    if output.data_ptr() == room.ctypes.data and output.is_contiguous():
+        return _nothing  # it was written there in the first place
+    if output.nbytes < _LARGE_BYTES:
+        return partial(_copy_bytes, room, output)
+    into = torch.from_numpy(room[: output.nbytes]).view(output.dtype).view(output.shape)
+    return partial(into.copy_, output)
+
+
+def _copy_bytes(room: Bytes, output: torch.Tensor) -> None:
+    room.data[: output.nbytes] = tensors.payload(output)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[int], None], frame_id: int) -> None:
+    """Calls on a loop from any thread; once the loop is closed, nobody waits for it."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(call, frame_id)
+
+
+def _forget(failure: BaseException) -> None:
+    """Frees what the functions that failed had at hand: the rows of the request among it."""
+    each: BaseException | None = failure
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
 
 
 async def answer_in_time(

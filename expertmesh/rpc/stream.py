@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Generic
 
 import grpc
@@ -11,6 +13,7 @@ import grpc.aio
 
 from expertmesh.codec import frames
 from expertmesh.codec.messages import Codec, M, Pending
+from expertmesh.codec.tensors import TensorPart
 from expertmesh.errors import (
     DeadlineError,
     InternalError,
@@ -20,6 +23,7 @@ from expertmesh.errors import (
 )
 from expertmesh.rpc import status
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.outbox import Outbox
 from expertmesh.rpc.tasks import TaskSet
 
@@ -50,8 +54,13 @@ class FrameStream:
         request_codec: Codec[Any],
         response_codec: Codec[Any],
         peer: str,
+        lender: Lender | None = None,
     ) -> None:
-        self._call: Any = channel.stream_stream(path)()
+        """With a `lender`, which the stream then owns, payloads go through its memory if the peer
+        can open it."""
+        self._lender = lender
+        metadata = lender.metadata() if lender is not None else None
+        self._call: Any = channel.stream_stream(path)(metadata=metadata)
         self._request_codec = request_codec
         self._response_codec = response_codec
         self._peer = peer
@@ -63,6 +72,18 @@ class FrameStream:
         self.broken: asyncio.Future[MeshError] = self._loop.create_future()
         self._tasks.spawn(self._write_all(), f"write {peer}")
         self._tasks.spawn(self._read_all(), f"read {peer}")
+        if lender is not None:
+            self._tasks.spawn(self._learn(lender), f"metadata of {peer}")
+
+    async def _learn(self, lender: Lender) -> None:
+        """Frames that are sent before the peer has said that it has the memory go over TCP."""
+        with suppress(grpc.aio.AioRpcError):  # the reader learns why
+            lender.learn(await self._call.initial_metadata())
+
+    @property
+    def transport(self) -> str:
+        """How hidden states travel: "tcp", or "shm" for shared memory."""
+        return "shm" if self._lender is not None and self._lender.accepted else "tcp"
 
     @property
     def in_flight(self) -> int:
@@ -95,9 +116,7 @@ class FrameStream:
             raise self._lost()
         self._last_id += 1
         frame_id = self._last_id
-        messages = frames.encode(
-            self._request_codec, request, frame_id, deadline.timeout_us, traceparent
-        )
+        messages = self._encode(request, frame_id, deadline.timeout_us, traceparent)
         future: asyncio.Future[Any] = self._loop.create_future()
         # Answers are as large as what was asked for.
         self._waiters[frame_id] = _Waiter(future, request.hidden_states.nbytes)
@@ -105,11 +124,29 @@ class FrameStream:
         future.add_done_callback(lambda _: self._give_up(frame_id))
         return future
 
+    def _encode(
+        self, request: Any, frame_id: int, timeout_us: int, traceparent: str
+    ) -> Iterator[bytes]:
+        lender, codec = self._lender, self._request_codec
+        blocks = lender.lend(frame_id, request.hidden_states) if lender is not None else None
+        if lender is None or blocks is None:
+            return frames.encode(codec, request, frame_id, timeout_us, traceparent)
+        try:
+            message = frames.encode_by_reference(
+                codec, request, frame_id, timeout_us, traceparent, blocks=blocks
+            )
+        except BaseException:
+            lender.returned(frame_id)
+            raise
+        return lender.sending(frame_id, message)
+
     def _give_up(self, frame_id: int) -> None:
         """Tells the peer when a frame was not settled by its answer."""
         if self._waiters.pop(frame_id, None) is not None and not self.broken.done():
             self._outbox.discard(frame_id)
             self._outbox.put(frame_id, iter((frames.encode_cancel(frame_id),)))
+            if self._lender is not None:
+                self._lender.give_up(frame_id)
 
     def _expire(self, future: asyncio.Future[Any]) -> None:
         if not future.done():
@@ -166,6 +203,10 @@ class FrameStream:
     def _receive(self, buffer: bytes) -> None:
         message = frames.decode(buffer)
         waiter = self._waiters.get(message.frame_id)
+        if isinstance(message, frames.Returned) or (waiter is None and _is_shared(message)):
+            if self._lender is not None:
+                self._lender.returned(message.frame_id)
+            return
         if waiter is None:
             return  # given up; the answer was on its way
         if isinstance(message, frames.End):
@@ -175,10 +216,17 @@ class FrameStream:
             waiter.arriving = self._response_codec.decode(
                 buffer, message.at, message.end, waiter.max_bytes
             )
+            if message.shared:
+                self._fill(message.frame_id, waiter.arriving.hidden_states)
         elif waiter.arriving is not None:
             waiter.arriving.hidden_states.append(buffer, message.at, message.end)
         if waiter.arriving is not None and waiter.arriving.hidden_states.complete:
             self._settle(message.frame_id, waiter.arriving.finish())
+
+    def _fill(self, frame_id: int, part: TensorPart) -> None:
+        if self._lender is None:
+            raise InvalidRequestError("an answer lies in shared memory, but none is shared")
+        self._lender.fill(frame_id, part)
 
     def _settle(self, frame_id: int, outcome: Any) -> None:
         future = self._waiters.pop(frame_id).future
@@ -194,9 +242,15 @@ class FrameStream:
         if self.broken.done():
             return
         self.broken.set_result(error)
+        if self._lender is not None:
+            self._lender.close()
         for frame_id in list(self._waiters):
             self._settle(frame_id, self._lost())
 
     def _lost(self) -> MeshError:
         error = self.broken.result()
         return type(error)(error.message, field=error.field, retry_after_s=error.retry_after_s)
+
+
+def _is_shared(message: frames.Start | frames.Chunk | frames.End) -> bool:
+    return isinstance(message, frames.Start) and message.shared

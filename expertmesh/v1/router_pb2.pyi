@@ -89,36 +89,42 @@ class ForwardResponse(_message.Message):
     def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., retried_pairs: _Optional[int] = ...) -> None: ...
 
 class ForwardStreamRequest(_message.Message):
-    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent")
+    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent", "blocks")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     forward: ForwardRequest
     chunk: _tensor_pb2.TensorChunk
     cancel: CancelFrame
     timeout_us: int
     traceparent: str
-    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    blocks: _tensor_pb2.SharedBlocks
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., blocks: _Optional[_Union[_tensor_pb2.SharedBlocks, _Mapping]] = ...) -> None: ...
 
 class CancelFrame(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ForwardStreamResponse(_message.Message):
-    __slots__ = ("frame_id", "forward", "chunk", "error")
+    __slots__ = ("frame_id", "forward", "chunk", "error", "returned", "shared")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     forward: ForwardResponse
     chunk: _tensor_pb2.TensorChunk
     error: _tensor_pb2.FrameError
-    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ...) -> None: ...
+    returned: _tensor_pb2.FrameReturned
+    shared: bool
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ..., returned: _Optional[_Union[_tensor_pb2.FrameReturned, _Mapping]] = ..., shared: bool = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
@@ -211,7 +217,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., controller_age_s: _Optional[float] = ..., balance_alive: bool = ..., window_age_s: _Optional[float] = ..., divergence: _Optional[float] = ...) -> None: ...
 
 class ServerStatus(_message.Message):
-    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error", "requests_in_flight", "answered_rows")
+    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error", "requests_in_flight", "answered_rows", "transport")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +232,7 @@ class ServerStatus(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     endpoint: str
     incarnation: str
@@ -240,4 +247,5 @@ class ServerStatus(_message.Message):
     error: str
     requests_in_flight: int
     answered_rows: int
-    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ..., requests_in_flight: _Optional[int] = ..., answered_rows: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ..., requests_in_flight: _Optional[int] = ..., answered_rows: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...

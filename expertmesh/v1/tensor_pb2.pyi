@@ -48,6 +48,44 @@ class TensorChunk(_message.Message):
     data: bytes
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
+class SharedMemoryOffer(_message.Message):
+    __slots__ = ("boot_id", "pid", "fd", "size", "nonce")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    boot_id: str
+    pid: int
+    fd: int
+    size: int
+    nonce: bytes
+    def __init__(self, boot_id: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., size: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+
+class SharedMemoryAnswer(_message.Message):
+    __slots__ = ("accepted", "reason")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    def __init__(self, accepted: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class SharedBlocks(_message.Message):
+    __slots__ = ("offset", "length", "answer_offset", "answer_length")
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    offset: int
+    length: int
+    answer_offset: int
+    answer_length: int
+    def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ..., answer_offset: _Optional[int] = ..., answer_length: _Optional[int] = ...) -> None: ...
+
+class FrameReturned(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FrameError(_message.Message):
     __slots__ = ("code", "reason", "message", "field", "retry_after_s")
     CODE_FIELD_NUMBER: _ClassVar[int]

@@ -419,6 +419,9 @@ class _Context:
     def time_remaining(self) -> None:
         return None
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
     async def read(self) -> Any:
         await asyncio.sleep(0)
         if self._incoming:

@@ -23,6 +23,7 @@ from expertmesh.codec.messages import (
     decode_whole,
     encode_whole,
 )
+from expertmesh.codec.references import Blocks
 from expertmesh.errors import (
     BY_REASON,
     InternalError,
@@ -462,6 +463,49 @@ def test_a_frame_that_misses_elements_cannot_be_finished() -> None:
         decode_whole(FORWARD_REQUEST, start, LIMIT)
 
 
+REFERRED = Blocks(1 << 40, 3 * CHUNK_BYTES, 4096, 3 * CHUNK_BYTES)
+AS_PROTO = tensor_pb2.SharedBlocks(
+    offset=1 << 40, length=3 * CHUNK_BYTES, answer_offset=4096, answer_length=3 * CHUNK_BYTES
+)
+
+
+@pytest.mark.parametrize(
+    ("codec", "ours", "body", "kind", "message_type"), FRAMED.values(), ids=FRAMED
+)
+def test_frames_in_shared_memory_are_what_generated_code_writes(
+    codec, ours, body, kind, message_type
+) -> None:
+    request = message_type in (router_pb2.ForwardStreamRequest, expert_pb2.ExecuteStreamRequest)
+    body.hidden_states.CopyFrom(as_proto(ours.hidden_states, 0))
+    start = message_type(frame_id=BIG_ID, **{kind: body})
+    if request:
+        start.blocks.CopyFrom(AS_PROTO)
+        start.timeout_us = 7
+    else:
+        start.shared = True
+
+    written = frames.encode_by_reference(
+        codec, ours, BIG_ID, 7 if request else 0, blocks=REFERRED if request else None
+    )
+
+    assert written == start.SerializeToString()
+    got = frames.decode(written)
+    assert isinstance(got, frames.Start)
+    assert (got.blocks, got.shared) == ((REFERRED, False) if request else (None, True))
+    assert codec.decode(written, got.at, got.end, LIMIT).hidden_states.have == 0
+
+
+def test_a_return_of_blocks_is_what_generated_code_writes() -> None:
+    buffer = frames.encode_returned(BIG_ID)
+
+    for kind in (router_pb2.ForwardStreamResponse, expert_pb2.ExecuteStreamResponse):
+        returned = kind(frame_id=BIG_ID, returned=tensor_pb2.FrameReturned())
+        assert buffer == returned.SerializeToString()
+    got = frames.decode(buffer)
+    assert isinstance(got, frames.Returned)
+    assert got.frame_id == BIG_ID
+
+
 @pytest.mark.parametrize("frame_id", [0, 1, 127, 128, 1 << 32, 1 << 63, BIG_ID])
 def test_a_cancellation_is_what_generated_code_writes(frame_id) -> None:
     buffer = frames.encode_cancel(frame_id)
@@ -618,4 +662,4 @@ def test_messages_are_complete_as_protobuf_has_them() -> None:
     ):
         names = {"pass_non_finite" if f.name == "non_finite_policy" else f.name
                  for f in generated.DESCRIPTOR.fields}  # fmt: skip
-        assert set(ours.__slots__) == names
+        assert set(ours.__slots__) - {"room"} == names  # room is memory here, and never sent

@@ -24,6 +24,7 @@ from expertmesh.codec.messages import (
     ForwardResponse,
     encode_whole,
 )
+from expertmesh.codec.references import Blocks
 from expertmesh.errors import InvalidRequestError, MeshError, OverloadedError
 
 LIMIT = 1 << 16
@@ -68,6 +69,13 @@ VALID += [
         wire.field_varint(1, 9) + wire.field_bytes(3, wire.field_bytes(1, b"abcdef")),
         frames.encode_cancel(1 << 63),
         frames.encode_error(4, ERROR),
+        frames.encode_by_reference(
+            EXECUTE_REQUEST,
+            ExecuteRequest(layer=1, hidden_states=HIDDEN, expert_ids=IDS, expert_weights=WEIGHTS),
+            9,
+            blocks=Blocks(4096, 24, 1 << 40, 24),
+        ),
+        frames.encode_returned(300),
     )
 ]
 
@@ -101,6 +109,17 @@ def decode_stream(buffer: bytes) -> None:
         decode_error(buffer[message.at : message.end])
 
 
+def decode_blocks(buffer: bytes) -> None:
+    """Decodes references; what passes the check lies within the memory."""
+    blocks = Blocks.decode(buffer, 0, len(buffer))
+    blocks.check(blocks.length, 4096, 1 << 20)
+    for offset, length in (
+        (blocks.offset, blocks.length),
+        (blocks.answer_offset, blocks.answer_length),
+    ):
+        assert not length or 4096 <= offset <= offset + length <= 1 << 20
+
+
 def decode_error(buffer: bytes) -> None:
     """Decodes a FrameError, and sends it on."""
     error = frames.decode_error(buffer, 0, len(buffer))
@@ -112,6 +131,7 @@ DECODERS: dict[str, Callable[[bytes], None]] = {
     **{name: lambda buffer, name=name: decode_message(name, buffer) for name in CODECS},
     "stream message": decode_stream,
     "FrameError": decode_error,
+    "SharedBlocks": decode_blocks,
 }
 
 
