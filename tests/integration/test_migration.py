@@ -133,8 +133,8 @@ def test_a_copy_with_another_digest_is_undone_and_named(
     second = mesh.servers[1]
     read = second._mover._read_expert
 
-    def spoiled(slot: Slot) -> ExpertWeights:
-        weights = read(slot)
+    def spoiled(slot: Slot, pause: Callable[[], None]) -> ExpertWeights:
+        weights = read(slot, pause)
         return ExpertWeights(weights.gate + 1e-3, weights.up, weights.down)
 
     monkeypatch.setattr(second._mover, "_read_expert", spoiled)
@@ -157,11 +157,11 @@ def test_a_server_that_fails_in_the_middle_leaves_every_layer_as_it_was(
     second = mesh.servers[1]
     read, calls = second._mover._read_expert, []
 
-    def fails_at_the_second(slot: Slot) -> ExpertWeights:
+    def fails_at_the_second(slot: Slot, pause: Callable[[], None]) -> ExpertWeights:
         calls.append(slot)
         if len(calls) == 2:
             raise expertmesh.CheckpointError("the disk has gone")
-        return read(slot)  # type: ignore[return-value]
+        return read(slot, pause)  # type: ignore[return-value]
 
     monkeypatch.setattr(second._mover, "_read_expert", fails_at_the_second)
     before = _held(second)
