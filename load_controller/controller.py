@@ -20,7 +20,6 @@ from expertmesh.v1 import control_pb2 as pb
 from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
-from load_controller.divergence import UNMEASURED
 from load_controller.migration import Copy, Step
 from load_controller.store import Store
 
@@ -262,10 +261,7 @@ class LoadController:
                 return
 
             def balance() -> bool:
-                cut = False
-                for layer, sample in scores.items():
-                    share = shares.get(layer, UNMEASURED)
-                    cut |= self.balancer.sample(request.source, layer, sample, share, now)
+                cut = self.balancer.sample_all(request.source, scores, shares, now)
                 self.balancer.count(news, self.accounts.top_k, now)
                 return self.balancer.close_due(now) or cut
 
@@ -317,9 +313,10 @@ class LoadController:
 
     # Biases.
 
-    def close_windows(self, now: float) -> None:
-        """Closes what is due, and publishes when a delta moved."""
+    def close_windows(self, now: float) -> bool:
+        """Closes what is due, and publishes when a delta moved. Whether more is due."""
         self._publish_if(lambda: self.balancer.close_due(now))
+        return not self._broken and self.balancer.is_due(now)
 
     def _publish_if(self, moved: Callable[[], bool]) -> None:
         """Publishes when a decision has moved a delta.
