@@ -7,7 +7,7 @@ how it answers others. So what operators do goes to the controller's own address
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grpc.aio
@@ -46,10 +46,14 @@ def set_balance_mode(address: str, mode: str, *, reset: bool = False) -> int:
     return int(answer.bias_version)
 
 
-def migrate(address: str, moves: Iterable[Move]) -> pb.MigrateSlotsResponse:
+def migrate(
+    address: str, moves: Iterable[Move], rates: Mapping[str, float] | None = None
+) -> pb.MigrateSlotsResponse:
     """Moves experts while requests go on; returns when all is done.
 
-    A move's `layer` is the model's index. Raises what MigrateSlots in control.proto answers.
+    A move's `layer` is the model's index. `rates` are the relative speeds of servers that the plan
+    was made with, by name: routers divide rows by them. Raises what MigrateSlots in control.proto
+    answers.
     """
     actions = {"load": pb.MOVE_ACTION_LOAD, "drop": pb.MOVE_ACTION_DROP}
     request = pb.MigrateSlotsRequest(
@@ -61,7 +65,10 @@ def migrate(address: str, moves: Iterable[Move]) -> pb.MigrateSlotsResponse:
                 server_id=move.server,
             )
             for move in moves
-        ]
+        ],
+        server_rates=[
+            pb.ServerRate(server_id=server, rate=rate) for server, rate in (rates or {}).items()
+        ],
     )
     answer: pb.MigrateSlotsResponse = loop.run(
         _call(address, "MigrateSlots", request, timeout_s=_MIGRATE_S)

@@ -46,8 +46,10 @@ class Mover:
         self._controller = controller
         self._busy = False
 
-    async def migrate(self, loads: Iterable[Copy], drops: Iterable[Copy]) -> Migrated:
-        """Moves experts, layer by layer.
+    async def migrate(
+        self, loads: Iterable[Copy], drops: Iterable[Copy], rates: Mapping[str, float]
+    ) -> Migrated:
+        """Moves experts, layer by layer; routers divide rows by `rates` from the start.
 
         Raises MigratingError, what `plan_steps` raises, and what kept a step from being done: that
         step is undone then, and later ones are not begun.
@@ -57,6 +59,7 @@ class Mover:
                 "experts are being moved already: wait for it to end", retry_after_s=1.0
             )
         steps = plan_steps(self._controller.shown(), loads, drops)
+        self._controller.set_rates(rates)
         self._busy = True
         try:
             for step in steps:

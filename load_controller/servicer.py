@@ -168,14 +168,17 @@ class ControlServicer:
                 raise InvalidRequestError("a move is neither a load nor a drop", field="moves")
             moves[move.action].append(Copy(move.server_id, Slot(move.layer, move.expert)))
         # A task of its own: it goes on when the caller goes.
-        task = self._tasks.spawn(self._migrate(*moves.values()), "migrate")
+        rates = {each.server_id: each.rate for each in request.server_rates}
+        task = self._tasks.spawn(self._migrate(*moves.values(), rates), "migrate")
         done = await asyncio.shield(task)
         if isinstance(done, MeshError):
             raise done
         return pb.MigrateSlotsResponse(epoch=done.epoch, loaded=done.loaded, dropped=done.dropped)
 
-    async def _migrate(self, loads: list[Copy], drops: list[Copy]) -> Migrated | MeshError:
+    async def _migrate(
+        self, loads: list[Copy], drops: list[Copy], rates: dict[str, float]
+    ) -> Migrated | MeshError:
         try:
-            return await self._mover.migrate(loads, drops)
+            return await self._mover.migrate(loads, drops, rates)
         except MeshError as error:
             return error
