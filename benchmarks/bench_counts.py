@@ -16,7 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: threads that wait tak
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cluster in one process is the tests' own
 
 import torch
-from harness import Report, Spread, interleave, ratios
+from harness import Interval, Report, Spread, interleave
 from layer import LITE, QUICK, make_block, make_rows, save_block
 from machine import facts
 
@@ -26,10 +26,12 @@ from expertmesh import BalanceConfig
 from tests.mesh import LocalMesh, local_mesh
 
 TOLERANCE = 1e-2  # bf16
-REQUESTS = {1: 200, 64: 40, 512: 8, 4096: 2}  # one after the other in a round: a second or so
+#: One after the other in a block: a quarter of a second or so. Short blocks in many rounds tell two
+#: percent apart where few long ones do not: a disturbance of the machine spoils its round only.
+REQUESTS = {1: 24, 64: 5, 512: 2, 4096: 1}
 _SAYS = """\
-Each cell is the time of a round over the time of the same round with all counting off, less one:
-median (least–largest). `counted` is mode frozen as it always runs: routers count assignments,
+Each cell is the time of a block over the time of the block beside it with all counting off, less
+one: the median of all rounds, and where it lies with 95 % certainty. `counted` is mode frozen as it always runs: routers count assignments,
 servers executions, both report, the controller stores. `sampled` is mode adaptive with a ceiling:
 scores sampled, reported and judged, windows closed and pushed. Its rate is so small that no pick
 changes, and outputs are compared with transformers' block. The whole cluster is in one process, so
@@ -40,7 +42,7 @@ served, router and controller have interpreters of their own."""
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(REQUESTS))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=60, help="4096 rows: a third as many")
     parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
     parser.add_argument("--json", type=Path, help="writes JSON there too")
     parser.add_argument("--quick", action="store_true", help="a tiny layer: does it run at all?")
@@ -62,9 +64,12 @@ def _switch(cluster: LocalMesh, *, counting: bool) -> None:
     shard._LayerState.count = _STATE_COUNT if counting else _count_nothing  # type: ignore[method-assign]
 
 
-def _percent(over: Spread) -> str:
-    least, middle, most = (f"{100 * (each - 1):+.1f}" for each in (over.min, over.median, over.max))
-    return f"{middle} % ({least} – {most})"
+def _percent(over: list[float], under: list[float]) -> str:
+    found = Interval.of([a / b for a, b in zip(over, under, strict=True)])
+    low, middle, high = (
+        f"{100 * (each - 1):+.1f}" for each in (found.low, found.median, found.high)
+    )
+    return f"{middle} % ({low} to {high})"
 
 
 def _measure(
@@ -75,6 +80,7 @@ def _measure(
     rounds: int,
 ) -> None:
     tokens = len(rows)
+    rounds = rounds if tokens < 4096 else max(6, rounds // 3)
     case, expected = f"T = {tokens}", block(rows[None])[0]
     clients = {name: expertmesh.connect(mesh.address) for name, mesh in meshes.items()}
 
@@ -100,8 +106,8 @@ def _measure(
     )
     report.add(
         case,
-        counted=_percent(ratios(seconds["counted"], seconds["off"])),
-        sampled=_percent(ratios(seconds["sampled"], seconds["off"])),
+        counted=_percent(seconds["counted"], seconds["off"]),
+        sampled=_percent(seconds["sampled"], seconds["off"]),
         **{"off ms": round(1e3 * Spread.of(seconds["off"]).median / REQUESTS.get(tokens, 1), 3)},
         rounds=rounds,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 import statistics
 import time
@@ -41,16 +42,37 @@ class Spread:
         return f"{self.median:.2f} ({self.min:.2f}–{self.max:.2f})"
 
 
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The median of a sample, and where the median of all such samples lies with 95 %."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Of at least six values: by how many of n draws fall below a median, whatever it is."""
+        ordered, n = sorted(values), len(values)
+        if n < 6:
+            raise ValueError(f"{n} values say too little of their median: at least 6")
+        below, cut = 0.0, 0
+        while (below := below + math.comb(n, cut) / 2.0**n) <= 0.025:
+            cut += 1
+        return cls(ordered[cut - 1], statistics.median(ordered), ordered[n - cut])
+
+
 def interleave(
     variants: Mapping[str, Callable[[int], object]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round: A B C, A B C, ..., so that all meet the same noise.
+    """Seconds of each variant in each round: A B C, C B A, A B C, ...: all meet the same noise.
 
     Each is called with the number of the round, warm-up rounds with negative ones.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(-warmup, rounds):
-        for name, run in variants.items():
+        turn = list(variants.items())
+        for name, run in turn if index % 2 == 0 else reversed(turn):
             start = time.perf_counter()
             run(index)
             if index >= 0:
@@ -146,4 +168,6 @@ class Report:
 def _plain(value: object) -> object:
     if isinstance(value, Spread):
         return {"min": value.min, "median": value.median, "max": value.max}
+    if isinstance(value, Interval):
+        return {"low": value.low, "median": value.median, "high": value.high}
     raise TypeError(f"{type(value).__name__} in a report")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import expertmesh
 
@@ -48,6 +49,13 @@ def service(folder: Path, *command: str) -> Iterator[str]:
             process.wait(_STOP_S)
 
 
+class Addresses(NamedTuple):
+    """Where a cluster is asked, and where it is told."""
+
+    router: str
+    controller: str
+
+
 @contextmanager
 def cluster(
     checkpoint: Path, folder: Path, shards: int, backend: str = "auto", shared_memory: str = "off"
@@ -56,6 +64,15 @@ def cluster(
 
     `shared_memory` is the router's, with the expert servers.
     """
+    with whole_cluster(checkpoint, folder, shards, backend, shared_memory) as addresses:
+        yield addresses.router
+
+
+@contextmanager
+def whole_cluster(
+    checkpoint: Path, folder: Path, shards: int, backend: str = "auto", shared_memory: str = "off"
+) -> Iterator[Addresses]:
+    """The same, for those who need the controller, too. Servers are shard-0, shard-1, ..."""
     with ExitStack() as stack:
         start = stack.enter_context
         state = str(folder / f"state-{shared_memory}.sqlite")
@@ -67,7 +84,7 @@ def cluster(
             part = ("--shard", f"{shard}/{shards}", "--backend", backend)
             start(service(folder, "-m", "expert_service", str(checkpoint), *part, *link))
         _wait_ready(router, shards)
-        yield router
+        yield Addresses(router, controller)
 
 
 @contextmanager

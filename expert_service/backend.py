@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -10,7 +11,10 @@ from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
 
 class Backend(Protocol):
-    """Holds experts on one device and computes with them. Called from one thread at a time."""
+    """Holds experts on one device and computes with them.
+
+    Called from one thread at a time, but for `prepare`.
+    """
 
     @property
     def name(self) -> str:
@@ -27,16 +31,30 @@ class Backend(Protocol):
         """Whether calls may come from several threads, one at a time."""
         ...
 
+    def prepare(
+        self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
+    ) -> ExpertWeights | Fp8ExpertWeights:
+        """Weights that `load` takes over without further work, where the backend can make such.
+
+        From any thread, also while others compute; `pause` is called between pieces of the work.
+        What it returns is of use to `load` alone.
+        """
+        ...
+
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
-        """Takes one expert's weights, in the dtype they shall compute in, or FP8.
+        """Takes one expert's weights, in the dtype they shall compute in, or FP8, or prepared.
 
         The backend may keep the tensors or a packed copy; the caller drops its references.
         Raises ConfigError when they do not fit the device's memory.
         """
         ...
 
-    def drop(self, slot: Slot) -> None:
-        """Forgets one expert. Raises KeyError when it is not held."""
+    def drop(self, slot: Slot) -> object:
+        """Forgets one expert. Raises KeyError when it is not held.
+
+        Returns what it held, if that is memory of the host: to free it takes milliseconds, which
+        the caller may spend on another thread.
+        """
         ...
 
     def finish_loading(self) -> None:

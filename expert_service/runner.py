@@ -60,6 +60,7 @@ class DeviceRunner:
         self._waiting = DeviceQueue(config.merge_rows, config.block_rows)
         self._queued = 0
         self.use = DeviceUse()
+        self._served_at = -math.inf
         self.queue_seconds = Histogram()
         self.compute_seconds = Histogram()
         self.rows = 0  # computed since the start
@@ -138,11 +139,16 @@ class DeviceRunner:
         self.queue_seconds.observe(response.queue_us / 1e6)
         self.compute_seconds.observe(response.compute_us / 1e6)
         self.rows += rows
+        self._served_at = time.monotonic()
 
     @property
     def queued(self) -> int:
         """Requests before the device and on it."""
         return self._queued
+
+    def served_within(self, seconds: float) -> bool:
+        """Whether a request is there, or was that short a time ago."""
+        return self._queued > 0 or time.monotonic() - self._served_at < seconds
 
     async def call(self, function: Callable[..., _T], *arguments: object) -> _T:
         """Runs anything on the device thread, after what waits there now."""

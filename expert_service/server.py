@@ -21,6 +21,7 @@ from expert_service.servicer import SERVICE, ExpertServicer
 from expert_service.shard import ExpertShard
 from expert_service.slots import SlotMover, free_host_bytes
 from expertmesh.checkpoint import Checkpoint
+from expertmesh.checkpoint.safetensors_file import Pause, no_pause
 from expertmesh.codec.slots import layer_slots
 from expertmesh.config import ExpertConfig, RpcConfig
 from expertmesh.errors import ConfigError, MeshError, UnavailableError
@@ -109,6 +110,7 @@ class ExpertServer:
             self._read_expert,
             self._memory_bytes,
             free_host_bytes if self._backend.name.endswith("/cpu") else lambda: None,
+            config.load_share,
         )
         self._tasks = TaskSet()
         self._announcer: Announcer | None = None
@@ -214,10 +216,10 @@ class ExpertServer:
         rows = layer.width(slot.expert)
         return 3 * rows * self._checkpoint.spec.hidden_size * self._dtype.itemsize
 
-    def _read_expert(self, slot: Slot) -> ExpertWeights | Fp8ExpertWeights:
+    def _read_expert(self, slot: Slot, pause: Pause = no_pause) -> ExpertWeights | Fp8ExpertWeights:
         if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):
-            return self._checkpoint.read_fp8_expert(slot, self._dtype)
-        return self._checkpoint.read_expert(slot, self._dtype)
+            return self._checkpoint.read_fp8_expert(slot, self._dtype, pause)
+        return self._checkpoint.read_expert(slot, self._dtype, pause)
 
     def _on_slot(self, slot: Slot) -> None:
         self._loaded_bytes += self._checkpoint.slot_bytes(slot)
@@ -315,5 +317,6 @@ class ExpertServer:
         await self._tasks.close()
         if self._announcer is not None:
             await self._announcer.close()
+        self._mover.close()
         self._runner.close()
         self._checkpoint.close()

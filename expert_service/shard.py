@@ -73,9 +73,9 @@ class ExpertShard:
             untrimmed_bytes += self._read_and_add(slot, read_expert)
             if untrimmed_bytes > _TRIM_EVERY_BYTES:
                 untrimmed_bytes = 0
-                _return_free_memory()
+                return_free_memory()
             on_slot(slot)
-        _return_free_memory()
+        return_free_memory()
         self._backend.finish_loading()
 
     def _read_and_add(self, slot: Slot, read_expert: Callable[[Slot], Weights]) -> int:
@@ -84,40 +84,50 @@ class ExpertShard:
         self.add(slot, weights)
         return sum(matrix.nbytes for matrix in weights)
 
-    def add(self, slot: Slot, weights: Weights, digest: str = "") -> None:
+    def add(self, slot: Slot, weights: Weights) -> None:
         """Takes one more slot; its count starts, or goes on, where it was.
 
-        `digest` is the weights', if the caller has it already. Raises ConfigError for a slot that
-        is held already or that the model does not have, and for weights of a wrong shape.
+        Raises ConfigError for a slot that is held already or that the model does not have, and for
+        weights of a wrong shape.
         """
-        self.check_slot(slot)
-        if slot in self._digests:
-            raise ConfigError(f"{slot} is held already")
         self._check_weights(slot, weights)
         # Once, for the digest and the backend both.
         weights = type(weights)(*(matrix.detach().contiguous() for matrix in weights))
-        digest = digest or slot_digest(weights)
-        self._backend.load(slot, weights)
+        self.add_prepared(slot, weights, slot_digest(weights))
+
+    def prepare(self, slot: Slot, weights: Weights, pause: Callable[[], None]) -> Weights:
+        """What `add_prepared` takes; from any thread, also while another one computes.
+
+        `pause` is called between pieces of the work. Raises ConfigError as `add` does.
+        """
+        self._check_weights(slot, weights)
+        return self._backend.prepare(weights, pause)
+
+    def add_prepared(self, slot: Slot, prepared: Weights, digest: str) -> None:
+        """`add` for weights that are prepared and hashed already: next to no work."""
+        self.check_slot(slot)
+        if slot in self._digests:
+            raise ConfigError(f"{slot} is held already")
+        self._backend.load(slot, prepared)
         self._digests[slot] = digest
         self._layers[slot.layer].set_held(slot.expert, True)
 
-    def drop(self, slot: Slot) -> None:
-        """Forgets one slot, but not its count. Raises SlotNotHeldError when it is not held."""
+    def drop(self, slot: Slot) -> object:
+        """Forgets one slot, but not its count. Raises SlotNotHeldError when it is not held.
+
+        Returns what the backend held of it: its memory is free once the caller lets go of that.
+        """
         if slot not in self._digests:
             raise SlotNotHeldError(f"{slot} is not held", field="slot")
         self.drops += 1
         self._layers[slot.layer].set_held(slot.expert, False)
         del self._digests[slot]
-        self._backend.drop(slot)
+        return self._backend.drop(slot)
 
     @property
     def any_thread(self) -> bool:
         """See Backend."""
         return self._backend.any_thread
-
-    def trim(self) -> None:
-        """Gives memory that loads and drops have left over back to the system."""
-        _return_free_memory()
 
     def held(self, layer: int) -> torch.Tensor:
         """Which experts of a layer are here: bool [E]. Raises UnknownLayerError."""
@@ -185,6 +195,7 @@ class ExpertShard:
             raise ConfigError(f"{slot} is not an expert of this {self._spec.model_type} model")
 
     def _check_weights(self, slot: Slot, weights: Weights) -> None:
+        self.check_slot(slot)
         hidden, width = self._spec.hidden_size, self._layers[slot.layer].spec.width(slot.expert)
         expected = [(width, hidden), (width, hidden), (hidden, width)]
         if isinstance(weights, Fp8ExpertWeights):
@@ -272,8 +283,8 @@ class _LayerState:
         )
 
 
-def _return_free_memory() -> None:
-    """Gives the holes that unpacked weights left in the heap back to the system.
+def return_free_memory() -> None:
+    """From any thread: gives the holes that unpacked weights left in the heap back to the system.
 
     Packed copies of all sizes land between them, and glibc on its own returns only the heap's
     end: without this a shard of large experts peaks at 1.4 times its weights.

@@ -186,6 +186,11 @@ class ExpertConfig:
     inline_compute_s: float = 1e-4  # what usually takes less is computed on the event loop when
     # nobody waits: the way to the device thread and back would take longer
     announce_every_s: float = 1.0  # heartbeat to the controller, whatever the load takes
+    load_share: float = 0.25  # of one core, for slots that are loaded while requests are answered:
+    # in steps of a millisecond, with rests between them
+
+    def __post_init__(self) -> None:
+        _require(0 < self.load_share <= 1, "expert.load_share", self.load_share, "within (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,9 +80,12 @@ def choose(
 ) -> torch.Tensor:
     """The experts [T, K] int64 that rows of scores [T, E] float32 choose under a bias."""
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if spec.topk_group < spec.n_group:
-        choice_TE = _mask_groups(choice_TE, spec)
-    return _top_indices(choice_TE, spec.top_k)
+    return _top_indices(in_groups(choice_TE, spec), spec.top_k)
+
+
+def in_groups(choice_TE: torch.Tensor, spec: GateSpec) -> torch.Tensor:
+    """Biased scores with -inf outside the groups that each row may choose from."""
+    return _mask_groups(choice_TE, spec) if spec.topk_group < spec.n_group else choice_TE
 
 
 def choice_mask(

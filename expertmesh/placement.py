@@ -24,9 +24,17 @@ class SlotMap:
     servers: tuple[str, ...]
     #: By layer index: [S, num_experts + has_shared] bool, which server holds which expert.
     holds: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    #: Relative speed by server; 1 for those not here.
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, epoch: int, spec: ModelSpec, slots: Mapping[str, Sequence[Slot]]) -> SlotMap:
+    def of(
+        cls,
+        epoch: int,
+        spec: ModelSpec,
+        slots: Mapping[str, Sequence[Slot]],
+        rates: Mapping[str, float] | None = None,
+    ) -> SlotMap:
         """The map in which each server holds the given slots; unknown ones are left out."""
         servers = tuple(sorted(slots))
         holds = {
@@ -38,7 +46,7 @@ class SlotMap:
                 table = holds.get(layer_index)
                 if table is not None and 0 <= expert < table.shape[1]:
                     table[row, expert] = True
-        return cls(epoch, servers, holds)
+        return cls(epoch, servers, holds, dict(rates or {}))
 
     def missing(self) -> list[Slot]:
         """Experts that no server holds."""

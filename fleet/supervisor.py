@@ -206,5 +206,5 @@ class Supervisor:
             _log.info("%d redundant slots a layer are wanted, %d are there: %d moves",
                       decision.redundant, there, len(moves))  # fmt: skip
             self._require_lease()
-            self._wait(control.begin_migration(self._controller, moves, self._fence))
+            self._wait(control.begin_migration(self._controller, moves, fence=self._fence))
         self._adjusted = wanted

@@ -10,9 +10,20 @@ import torch
 
 from expertmesh.config import BalanceConfig
 from load_controller import policy
-from load_controller.divergence import UNMEASURED, Gate, HeldSamples, Share, Verdict, judge
+from load_controller.divergence import (
+    UNMEASURED,
+    Candidate,
+    Gate,
+    HeldSamples,
+    Share,
+    judge_all,
+    own_choices,
+)
 from load_controller.ledger import Counts, Window
 
+#: Windows closed in one turn: each costs up to half a millisecond where it is judged, and a model's
+#: layers are due together, while announcements and watches wait for the turn's end.
+_CLOSED_AT_ONCE = 16
 _STALE_WINDOWS = 10  # a router that sampled nothing for this many windows does not judge
 
 
@@ -69,8 +80,33 @@ class Balancer:
             if state.window is not None:
                 state.window.counts += counts
 
+    def sample_all(
+        self,
+        source: str,
+        scores: Mapping[int, torch.Tensor],
+        live: Mapping[int, Share],
+        now: float,
+    ) -> bool:
+        """`sample` for every layer of a report, which is cheaper together."""
+        owns: dict[int, torch.Tensor] = {}
+        if self.config.divergence_ceiling is not None:
+            known = {layer: each for layer, each in scores.items() if layer in self.gates}
+            masks = own_choices([(each, self.gates[layer]) for layer, each in known.items()])
+            owns = dict(zip(known, masks, strict=True))
+        cut = False
+        for layer, scores_TE in scores.items():
+            share, own_TE = live.get(layer, UNMEASURED), owns.get(layer)
+            cut |= self.sample(source, layer, scores_TE, share, now, own_TE)
+        return cut
+
     def sample(
-        self, source: str, layer: int, scores_TE: torch.Tensor, live: Share, now: float
+        self,
+        source: str,
+        layer: int,
+        scores_TE: torch.Tensor,
+        live: Share,
+        now: float,
+        own_TE: torch.Tensor | None = None,
     ) -> bool:
         """Takes newly sampled rows, and what they were served. Whether the delta was cut for it.
 
@@ -79,13 +115,13 @@ class Balancer:
         """
         state = self._layer(layer, scores_TE.shape[1])
         if len(scores_TE):
-            state.samples.add(source, scores_TE, now)
+            state.samples.add(source, scores_TE, now, own_TE)
         before = state.measuring
         state.measuring = Share(before.changed + live.changed, before.picks + live.picks)
         ceiling = self.config.divergence_ceiling
         if ceiling is None or live.upper <= ceiling:
             return False
-        return self._replace(state, self._judged(layer, state, state.delta))
+        return self._publish({layer: state.delta})
 
     def forget(self, source: str) -> None:
         """That router is gone, and its samples with it."""
@@ -95,24 +131,42 @@ class Balancer:
     # What comes out.
 
     def close_due(self, now: float) -> bool:
-        """Closes the windows that are due. Whether a delta changed with them."""
-        changed = False
-        for layer, state in self.layers.items():
-            window = state.window
-            if window is not None and window.is_due(
-                now, self.config.window_tokens, self.config.window_s
-            ):
-                changed |= self._close(layer, state, window.counts, now)
-        return changed
+        """Closes the windows that are due, some of them. Whether a delta changed with them.
 
-    def _close(self, layer: int, state: LayerState, counts: Counts, now: float) -> bool:
+        Those that have been open longest go first; the others are closed by the next calls, with
+        what was counted until then.
+        """
+        candidates = {}
+        for layer, window in self._due(now)[:_CLOSED_AT_ONCE]:
+            state = self.layers[layer]
+            self._close(state, window.counts, now)
+            if self.mode == "adaptive":
+                candidates[layer] = self._candidate(state, window.counts)
+        return self._publish(candidates)
+
+    def is_due(self, now: float) -> bool:
+        """Whether `close_due` has something to close."""
+        return bool(self._due(now))
+
+    def _due(self, now: float) -> list[tuple[int, Window]]:
+        """Windows that shall be closed, by layer, the oldest first."""
+        tokens, seconds = self.config.window_tokens, self.config.window_s
+        due = [
+            (layer, state.window)
+            for layer, state in self.layers.items()
+            if state.window is not None and state.window.is_due(now, tokens, seconds)
+        ]
+        return sorted(due, key=lambda each: each[1].opened_at)
+
+    def _close(self, state: LayerState, counts: Counts, now: float) -> None:
         state.window = None  # the next count opens a new one
         state.violation = max_violation(counts)
         state.measured, state.measuring = state.measuring, UNMEASURED
         self.closed_windows += 1
         self.closed_at = now
-        if self.mode != "adaptive":
-            return False
+
+    def _candidate(self, state: LayerState, counts: Counts) -> torch.Tensor:
+        """The delta that a closed window asks for."""
         config = self.config
         rate = policy.scheduled_rate(
             config.schedule,
@@ -130,20 +184,30 @@ class Balancer:
             max_delta=config.max_delta,
         )
         state.windows += 1
-        return self._replace(state, self._judged(layer, state, candidate))
+        return candidate
 
-    def _judged(self, layer: int, state: LayerState, candidate: torch.Tensor) -> torch.Tensor:
-        """What of a candidate may be published; what is, where there is nothing to judge by."""
+    def _publish(self, deltas: Mapping[int, torch.Tensor]) -> bool:
+        """Takes over what may be published of these deltas, by layer. Whether any changed."""
         ceiling = self.config.divergence_ceiling
-        if ceiling is None:
-            return candidate
-        gate, samples = self.gates.get(layer), state.samples.usable()
-        if gate is None or not samples:
-            return state.delta
-        verdict: Verdict = judge(candidate, gate, samples, ceiling)
-        state.halvings += verdict.halvings
-        state.withdrawals += verdict.withdrawn
-        return verdict.delta
+        if ceiling is not None:
+            deltas = self._judged(deltas, ceiling)
+        changed = [self._replace(self.layers[layer], delta) for layer, delta in deltas.items()]
+        return any(changed)
+
+    def _judged(
+        self, deltas: Mapping[int, torch.Tensor], ceiling: float
+    ) -> dict[int, torch.Tensor]:
+        """These deltas, cut; without those that there is nothing to judge by."""
+        candidates = {}
+        for layer, delta in deltas.items():
+            gate, samples = self.gates.get(layer), self.layers[layer].samples.usable()
+            if gate is not None and samples:
+                candidates[layer] = Candidate(delta, gate, samples)
+        verdicts = judge_all(list(candidates.values()), ceiling)
+        for layer, verdict in zip(candidates, verdicts, strict=True):
+            self.layers[layer].halvings += verdict.halvings
+            self.layers[layer].withdrawals += verdict.withdrawn
+        return {layer: each.delta for layer, each in zip(candidates, verdicts, strict=True)}
 
     def _replace(self, state: LayerState, delta: torch.Tensor) -> bool:
         changed = not torch.equal(state.delta, delta)

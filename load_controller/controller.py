@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,8 +21,7 @@ from expertmesh.v1 import control_pb2 as pb
 from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
-from load_controller.divergence import UNMEASURED
-from load_controller.migration import Copy, Step
+from load_controller.migration import Copy, Step, check_rates
 from load_controller.scaling import Scaling
 from load_controller.store import Store
 
@@ -63,6 +63,7 @@ class LoadController:
         self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
         self._holdings = store.holdings()
+        self._rates: dict[str, float] = json.loads(store.meta("server_rates") or "{}")
         self.balancer = Balancer(balance, balance.mode)
         self._published = pb.BiasUpdate()
         self._broken = False
@@ -225,7 +226,11 @@ class LoadController:
         return pb.Placement(
             epoch=self.epoch,
             servers=[
-                pb.ServerSlots(server_id=server_id, layers=layer_slots(self._holdings.shown(entry)))
+                pb.ServerSlots(
+                    server_id=server_id,
+                    layers=layer_slots(self._holdings.shown(entry)),
+                    rate=self._rates.get(server_id, 1.0),
+                )
                 for server_id, entry in sorted(self._servers.items())
             ],
         )
@@ -288,6 +293,19 @@ class LoadController:
         self._on_change()
         return self.epoch
 
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Publishes relative speeds of servers. Raises what `check_rates` raises."""
+        check_rates(rates, self._servers)
+        changed = self._rates | dict(rates)
+        if changed == self._rates:
+            return
+        with self._store.transaction():
+            self._store.set_meta("server_rates", json.dumps(changed))
+            self._store.save_holdings(self._holdings, self.epoch + 1)
+        self._rates = changed
+        self.epoch += 1
+        self._on_change()
+
     def is_used_everywhere(self, epoch: int, now: float) -> bool:
         """Whether no router uses an older placement any more, also none that was cut off."""
         self._forget_missed(now)
@@ -315,10 +333,7 @@ class LoadController:
                 return
 
             def balance() -> bool:
-                cut = False
-                for layer, sample in scores.items():
-                    share = shares.get(layer, UNMEASURED)
-                    cut |= self.balancer.sample(request.source, layer, sample, share, now)
+                cut = self.balancer.sample_all(request.source, scores, shares, now)
                 self.balancer.count(news, self.accounts.top_k, now)
                 return self.balancer.close_due(now) or cut
 
@@ -370,9 +385,10 @@ class LoadController:
 
     # Biases.
 
-    def close_windows(self, now: float) -> None:
-        """Closes what is due, and publishes when a delta moved."""
+    def close_windows(self, now: float) -> bool:
+        """Closes what is due, and publishes when a delta moved. Whether more is due."""
         self._publish_if(lambda: self.balancer.close_due(now))
+        return not self._broken and self.balancer.is_due(now)
 
     def _publish_if(self, moved: Callable[[], bool]) -> None:
         """Publishes when a decision has moved a delta.

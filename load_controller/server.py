@@ -22,6 +22,7 @@ from load_controller.servicer import SERVICE, Changes, ControlServicer
 from load_controller.store import Store
 
 _log = logging.getLogger(__name__)
+_TURN_S = 0.005  # between two lots of windows that are due: others have their turn in it
 _TICK_S = 0.1  # how late a window may close for want of a report
 _BEAT_S = 1.0  # between two signs of life; routers give the loop up after three
 
@@ -82,11 +83,11 @@ class ControllerServer:
         _log.info("load controller at %s", self.address)
 
     async def _tick(self) -> None:
-        beat_at = 0.0
+        beat_at, pause_s = 0.0, _TICK_S
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(pause_s)
             now = time.monotonic()
-            self.controller.close_windows(now)
+            pause_s = _TURN_S if self.controller.close_windows(now) else _TICK_S
             self.controller.mark_lost(now)
             if now >= beat_at:
                 self.controller.beat(now)

@@ -81,7 +81,13 @@ class ExpertPool:
 
     def _make_holders(self, slots: SlotMap, layer: int, avoid: frozenset[str]) -> Holders:
         up = np.array([self.can_be_asked(s) and s not in avoid for s in slots.servers], np.bool_)
-        rates = np.array([rate(self._links[s]) if s in self._links else 0.0 for s in slots.servers])
+        # What the plan knows of a server's speed, times what its queue says of this moment.
+        rates = np.array(
+            [
+                slots.rates.get(s, 1.0) * rate(self._links[s]) if s in self._links else 0.0
+                for s in slots.servers
+            ]
+        )
         holds = slots.holds[layer] & up[:, None]
         suspect = np.array([self._is_suspect(s) for s in slots.servers], np.bool_)
         if suspect.any():

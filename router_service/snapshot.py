@@ -30,7 +30,8 @@ class Snapshot:
         if placement.epoch <= self.slots.epoch:
             return self
         held = {server.server_id: slots_of(server.layers) for server in placement.servers}
-        return replace(self, slots=SlotMap.of(placement.epoch, spec, held))
+        rates = {server.server_id: server.rate or 1.0 for server in placement.servers}
+        return replace(self, slots=SlotMap.of(placement.epoch, spec, held, rates))
 
     def with_bias(
         self, update: control_pb2.BiasUpdate, gates: Mapping[int, GateWeights]

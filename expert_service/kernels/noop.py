@@ -5,6 +5,8 @@ out[r] = hidden[r] * sum of weights[r, k] over the pairs asked of row r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
@@ -22,6 +24,12 @@ class NoopBackend:
     def name(self) -> str:
         """See Backend."""
         return "noop/cpu"
+
+    def prepare(
+        self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
+    ) -> ExpertWeights | Fp8ExpertWeights:
+        """See Backend."""
+        return weights
 
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """See Backend."""

@@ -107,18 +107,30 @@ class OneDnnBackend:
         if self._dtype != dtype:
             _LOG.warning("this CPU cannot compute in %s: using %s", dtype, self._dtype)
 
-    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
-        """Packs one expert's matrices; nothing of `weights` is kept."""
+    def prepare(
+        self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None] = lambda: None
+    ) -> ExpertWeights:
+        """Packs one expert's matrices; nothing of `weights` is kept. See Backend."""
         assert isinstance(weights, ExpertWeights)  # as `takes_fp8` says
-        matrices = [matrix.detach().to(self._dtype).contiguous() for matrix in weights]
-        if self._packed:
-            matrices = [torch.ops.mkldnn._reorder_linear_weight(m, None) for m in matrices]
-        self._experts.setdefault(slot.layer, {})[slot.expert] = ExpertWeights(*matrices)
-        self._bytes += sum(matrix.nbytes for matrix in weights)
+        matrices = []
+        for matrix in weights:
+            matrix = matrix.detach().to(self._dtype).contiguous()
+            if self._packed:
+                matrix = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
+            matrices.append(matrix)
+            pause()
+        return ExpertWeights(*matrices)
 
-    def drop(self, slot: Slot) -> None:
-        """Forgets one expert. Raises KeyError when it is not held."""
-        del self._experts[slot.layer][slot.expert]
+    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
+        """Keeps packed matrices, and packs others; nothing of those is kept."""
+        assert isinstance(weights, ExpertWeights)  # as `takes_fp8` says
+        packed = weights if weights.gate.is_mkldnn else self.prepare(weights)
+        self._experts.setdefault(slot.layer, {})[slot.expert] = packed
+        self._bytes += sum(matrix.numel() * self._dtype.itemsize for matrix in packed)
+
+    def drop(self, slot: Slot) -> ExpertWeights:
+        """Forgets one expert, and returns it. Raises KeyError when it is not held."""
+        return self._experts[slot.layer].pop(slot.expert)
 
     @torch.no_grad()
     def finish_loading(self) -> None:

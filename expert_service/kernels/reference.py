@@ -8,6 +8,8 @@ size, I intermediate size, K pairs asked per row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
@@ -31,14 +33,20 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._experts: dict[Slot, ExpertWeights] = {}
 
+    def prepare(
+        self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
+    ) -> ExpertWeights | Fp8ExpertWeights:
+        """The tensors as they are."""
+        return weights
+
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """Keeps the tensors as they are."""
         assert isinstance(weights, ExpertWeights)  # as `takes_fp8` says
         self._experts[slot] = weights
 
-    def drop(self, slot: Slot) -> None:
-        """Forgets one expert. Raises KeyError when it is not held."""
-        del self._experts[slot]
+    def drop(self, slot: Slot) -> ExpertWeights:
+        """Forgets one expert, and returns it. Raises KeyError when it is not held."""
+        return self._experts.pop(slot)
 
     def finish_loading(self) -> None:
         """Nothing to warm up."""

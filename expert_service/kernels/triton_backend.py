@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -71,6 +71,12 @@ class TritonBackend:
         self._ready = False
 
     @torch.inference_mode()
+    def prepare(
+        self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
+    ) -> ExpertWeights | Fp8ExpertWeights:
+        """The weights as they are: the copy to the device is on its stream, in turn."""
+        return weights
+
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """Copies one expert to the device. Raises ConfigError where it does not fit."""
         if self._planned:

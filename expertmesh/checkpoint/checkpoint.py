@@ -17,7 +17,7 @@ from expertmesh.checkpoint import fp8
 from expertmesh.checkpoint.config import Config
 from expertmesh.checkpoint.families import FAMILIES
 from expertmesh.checkpoint.family import Family
-from expertmesh.checkpoint.safetensors_file import memory
+from expertmesh.checkpoint.safetensors_file import PIECE_BYTES, Pause, no_pause, pieces
 from expertmesh.checkpoint.tensor_store import TensorStore, read_json
 from expertmesh.errors import CheckpointError, ConfigError
 from expertmesh.gating import check_gate
@@ -88,28 +88,34 @@ class Checkpoint:
         stored = [part for name in names for part in (name, self._scale_name(name)) if part]
         return sum(self._tensors.info(name).num_bytes for name in stored)
 
-    def read_expert(self, slot: Slot, dtype: torch.dtype | None = None) -> ExpertWeights:
+    def read_expert(
+        self, slot: Slot, dtype: torch.dtype | None = None, pause: Pause = no_pause
+    ) -> ExpertWeights:
         """One slot's weights, dequantised, in `dtype` (None: the checkpoint's own).
 
-        Raises CheckpointError when a weight is NaN or infinite, also when it became so in `dtype`.
+        `pause` is called between pieces of the work. Raises CheckpointError when a weight is NaN or
+        infinite, also when it became so in `dtype`.
         """
         names = self._family.weight_names(self._layer(slot.layer), slot)
-        return ExpertWeights(*(self._read(name, dtype or self.spec.dtype) for name in names))
+        return ExpertWeights(*(self._read(name, dtype or self.spec.dtype, pause) for name in names))
 
     def is_fp8(self, slot: Slot) -> bool:
         """Whether a slot's weights are FP8 as `read_fp8_expert` gives them."""
         names = self._family.weight_names(self._layer(slot.layer), slot)
         return self._block == fp8.KERNEL_BLOCK and all(self._scale_name(name) for name in names)
 
-    def read_fp8_expert(self, slot: Slot, dtype: torch.dtype | None = None) -> Fp8ExpertWeights:
+    def read_fp8_expert(
+        self, slot: Slot, dtype: torch.dtype | None = None, pause: Pause = no_pause
+    ) -> Fp8ExpertWeights:
         """One slot's weights and scales as they are stored, for a model that runs in `dtype`.
 
-        Raises CheckpointError where `is_fp8` is false, and as `read_expert`.
+        `pause` is called between pieces of the work. Raises CheckpointError where `is_fp8` is
+        false, and as `read_expert`.
         """
         if not self.is_fp8(slot):
             raise CheckpointError(f"{self.path}: {slot} is not FP8 in blocks of 128 x 128")
         names = self._family.weight_names(self._layer(slot.layer), slot)
-        matrices, scales = zip(*(self._read_fp8(name, dtype) for name in names), strict=True)
+        matrices, scales = zip(*(self._read_fp8(name, dtype, pause) for name in names), strict=True)
         return Fp8ExpertWeights(*matrices, *scales)
 
     def read_gate(self, layer: int, dtype: torch.dtype | None = None) -> GateWeights:
@@ -153,21 +159,23 @@ class Checkpoint:
         quantized = self._tensors.info(name).dtype == torch.float8_e4m3fn
         return name + fp8.SCALE_SUFFIX if quantized else None
 
-    def _read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        tensor = self._tensors.read(name)
+    def _read(self, name: str, dtype: torch.dtype, pause: Pause = no_pause) -> torch.Tensor:
+        tensor = self._tensors.read(name, pause)
         scale_name = self._scale_name(name)
         if scale_name and self._block:
             tensor = fp8.dequantize(tensor, self._tensors.read(scale_name), self._block, dtype)
+            pause()
         tensor = tensor.to(dtype)
-        # aminmax hands NaN on: one pass over the weights, nothing allocated
-        if not all(edge.isfinite() for edge in torch.aminmax(tensor)):
+        if not _is_finite(tensor, pause):
             path = self._tensors.path_of(name)
             raise CheckpointError(f"{path}: {name} holds NaN or infinity (as {dtype})")
         return tensor
 
-    def _read_fp8(self, name: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_fp8(
+        self, name: str, dtype: torch.dtype | None, pause: Pause
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = dtype or self.spec.dtype
-        weight = self._tensors.read(name)
+        weight = self._tensors.read(name, pause)
         scale = self._tensors.read(name + fp8.SCALE_SUFFIX).float()
         if not fp8.is_finite(weight, scale, fp8.KERNEL_BLOCK, dtype):
             path = self._tensors.path_of(name)
@@ -214,13 +222,28 @@ class Checkpoint:
             raise CheckpointError(f"{path}: {name} is {info.dtype}: not a dtype of weights")
 
 
-def slot_digest(weights: ExpertWeights | Fp8ExpertWeights) -> str:
-    """Hex sha256 over one slot's loaded weights: dtype, shapes and every byte."""
+def _is_finite(tensor: torch.Tensor, pause: Pause) -> bool:
+    flat = tensor.view(-1)
+    for piece in flat.split(max(1, PIECE_BYTES // tensor.element_size())):
+        # aminmax hands NaN on: one pass over the weights, nothing allocated
+        if not all(edge.isfinite() for edge in torch.aminmax(piece)):
+            return False
+        pause()
+    return True
+
+
+def slot_digest(weights: ExpertWeights | Fp8ExpertWeights, pause: Pause = no_pause) -> str:
+    """Hex sha256 over one slot's loaded weights: dtype, shapes and every byte.
+
+    `pause` is called between pieces of the work.
+    """
     sha = hashlib.sha256()
     for tensor in weights:
         sha.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         whole = tensor.detach().cpu().contiguous()  # named: it must outlive its memory's hashing
-        sha.update(memory(whole))
+        for piece in pieces(whole):
+            sha.update(piece)
+            pause()
     return sha.hexdigest()
 
 

@@ -11,7 +11,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,14 @@ DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _MAX_HEADER_BYTES = 100_000_000  # what the format's own reader takes
+#: Weights are read, checked and hashed in pieces of this size, each well under a millisecond.
+PIECE_BYTES = 1 << 20
+#: Called between pieces of work: a place to rest, for a reader in the background.
+Pause = Callable[[], None]
+
+
+def no_pause() -> None:
+    """For whoever wants weights as fast as they come."""
 
 
 class TensorInfo(NamedTuple):
@@ -75,11 +83,15 @@ class SafetensorsFile:
         if fd >= 0:
             os.close(fd)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, pause: Pause = no_pause) -> torch.Tensor:
         """One whole tensor, in its stored dtype. Raises KeyError when it is not in this file."""
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
-        self._read_into(memory(tensor), info.start, name)
+        start = info.start
+        for piece in pieces(tensor):
+            self._read_into(piece, start, name)
+            start += len(piece)
+            pause()
         return tensor
 
     def sample(self, name: str, num_bytes: int) -> bytes:
@@ -179,3 +191,10 @@ def memory(tensor: torch.Tensor) -> memoryview:
     if not num_bytes:
         return memoryview(b"")
     return memoryview((ctypes.c_char * num_bytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """A tensor's `memory` from start to end, PIECE_BYTES at a time."""
+    whole = memory(tensor)
+    for start in range(0, len(whole), PIECE_BYTES):
+        yield whole[start : start + PIECE_BYTES]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from expertmesh.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from expertmesh.checkpoint.safetensors_file import Pause, SafetensorsFile, TensorInfo, no_pause
 from expertmesh.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -70,10 +70,10 @@ class TensorStore:
         """Dtype, shape and place of a tensor."""
         return self._find(name).tensors[name]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, pause: Pause = no_pause) -> torch.Tensor:
         """One whole tensor, in its stored dtype."""
         file = self._find(name)
-        tensor = file.read(name)
+        tensor = file.read(name, pause)
         with self._lock:
             self._bytes_read += file.tensors[name].num_bytes
         return tensor

@@ -19,12 +19,22 @@ MOVE_ACTION_LOAD: MoveAction
 MOVE_ACTION_DROP: MoveAction
 
 class MigrateSlotsRequest(_message.Message):
-    __slots__ = ("moves", "fence")
+    __slots__ = ("moves", "fence", "server_rates")
     MOVES_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
+    SERVER_RATES_FIELD_NUMBER: _ClassVar[int]
     moves: _containers.RepeatedCompositeFieldContainer[SlotMove]
     fence: int
-    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ..., fence: _Optional[int] = ...) -> None: ...
+    server_rates: _containers.RepeatedCompositeFieldContainer[ServerRate]
+    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ..., fence: _Optional[int] = ..., server_rates: _Optional[_Iterable[_Union[ServerRate, _Mapping]]] = ...) -> None: ...
+
+class ServerRate(_message.Message):
+    __slots__ = ("server_id", "rate")
+    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    server_id: str
+    rate: float
+    def __init__(self, server_id: _Optional[str] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class DrainServerRequest(_message.Message):
     __slots__ = ("server_id", "moves", "fence")
@@ -257,12 +267,14 @@ class Placement(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., servers: _Optional[_Iterable[_Union[ServerSlots, _Mapping]]] = ...) -> None: ...
 
 class ServerSlots(_message.Message):
-    __slots__ = ("server_id", "layers")
+    __slots__ = ("server_id", "layers", "rate")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     layers: _containers.RepeatedCompositeFieldContainer[_expert_pb2.LayerSlots]
-    def __init__(self, server_id: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ...) -> None: ...
+    rate: float
+    def __init__(self, server_id: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[_expert_pb2.LayerSlots, _Mapping]]] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class BiasUpdate(_message.Message):
     __slots__ = ("version", "mode", "layers")

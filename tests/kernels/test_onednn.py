@@ -249,3 +249,22 @@ def test_a_backend_that_is_not_there_is_refused(name: str, device: str) -> None:
 
 def test_auto_takes_onednn_on_the_cpu() -> None:
     assert create_backend("auto", "auto", torch.float32, _spec(), threads=1).name == "onednn/cpu"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepared_weights_compute_the_same_bits_as_others(dtype: torch.dtype) -> None:
+    spec = _spec()
+    experts = _experts(spec, dtype)
+    plain, prepared = (create_backend("onednn", "cpu", dtype, spec, 1) for _ in range(2))
+    pauses = []
+    for slot, weights in experts.items():
+        plain.load(slot, weights)
+        prepared.load(slot, prepared.prepare(weights, lambda: pauses.append(1)))
+    hidden = torch.randn(9, spec.hidden_size).to(dtype)
+    ids = torch.tensor([[row % EXPERTS, EXPERTS] for row in range(9)], dtype=torch.int32)
+    pairs = ids, torch.full(ids.shape, 0.5)
+
+    outputs = [backend.compute(LAYER, hidden, *pairs) for backend in (plain, prepared)]
+
+    assert torch.equal(*outputs)
+    assert len(pauses) == 3 * len(experts), "it may rest after each matrix"

@@ -162,3 +162,30 @@ def test_freezing_takes_every_delta_back(mode: str) -> None:
 
     assert _delta(balancer) == [0.0, 0.0]
     assert balancer.progress() == {}
+
+
+def test_windows_that_are_due_together_are_closed_in_lots_and_none_is_forgotten() -> None:
+    balancer = _balancer(mode="adaptive", update_rate=0.25)
+    layers = range(58)
+    news = {layer: np.array([4, 0]) for layer in layers}
+    balancer.count(news, dict.fromkeys(layers, 1), now=0.0)
+
+    lots = []
+    while balancer.is_due(now=0.0):
+        before = balancer.closed_windows
+        assert balancer.close_due(now=0.0)
+        lots.append(balancer.closed_windows - before)
+
+    assert max(lots) <= 16
+    assert sum(lots) == len(layers)
+    assert all(balancer.layers[layer].delta.tolist() == [-0.25, 0.25] for layer in layers)
+
+
+def test_the_window_that_has_been_open_longest_is_closed_first() -> None:
+    balancer = _balancer()
+    for layer in range(40):
+        balancer.count({layer: np.array([4, 0])}, {layer: 1}, now=-float(layer))
+
+    balancer.close_due(now=0.0)
+
+    assert [layer for layer, each in balancer.layers.items() if each.windows] == [*range(24, 40)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expertmesh.checkpoint.safetensors_file import SafetensorsFile, memory
+from expertmesh.checkpoint.safetensors_file import SafetensorsFile, memory, pieces
 from expertmesh.errors import CheckpointError
 
 GOOD = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
@@ -121,3 +121,17 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_memory_of_a_strided_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         memory(torch.zeros(3, 4).t())
+
+
+def test_a_large_tensor_is_read_in_pieces_with_a_pause_after_each(tmp_path: Path) -> None:
+    large = torch.randint(0, 256, (5, 1 << 19), dtype=torch.uint8)  # 2.5 MiB
+    save_file({"large": large}, tmp_path / "x.safetensors")
+    pauses: list[int] = []
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+
+    found = file.read("large", lambda: pauses.append(1))
+
+    file.close()
+    assert torch.equal(found, large)
+    assert len(pauses) == 3
+    assert b"".join(pieces(found)) == large.numpy().tobytes()

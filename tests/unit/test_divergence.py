@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from expertmesh import gating
 from expertmesh.model import GateSpec
-from load_controller.divergence import MIN_ROWS, Gate, HeldSamples, Sample, Share, judge
+from load_controller.divergence import (
+    MIN_ROWS,
+    Candidate,
+    Gate,
+    HeldSamples,
+    Sample,
+    Share,
+    judge,
+    judge_all,
+    own_choices,
+)
 
 SPEC = GateSpec(score="sigmoid", top_k=1)
 GATE = Gate(SPEC, torch.tensor([0.0, 0.1]))
@@ -150,3 +161,65 @@ def test_a_router_that_is_gone_or_serves_nothing_judges_no_more() -> None:
     held.drop("gone")
 
     assert len(held.usable()) == 1
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        GateSpec(score="sigmoid", top_k=3),
+        GateSpec(score="sigmoid", top_k=3, n_group=4, topk_group=2, group_score="top2_sum"),
+        GateSpec(score="softmax", top_k=16),
+    ],
+    ids=["plain", "in groups", "every expert"],
+)
+def test_many_samples_at_a_time_diverge_as_row_by_row(spec: GateSpec) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 64, 300, 400, 7]
+    # On a coarse grid: many rows have ties, at the boundary too.
+    samples = [torch.randint(0, 12, (rows, 16), generator=generator) / 12 for rows in sizes]
+    gates = [Gate(spec, torch.randint(0, 3, (16,), generator=generator) / 12) for _ in sizes]
+    deltas = [torch.randint(-2, 3, (16,), generator=generator) / 12 for _ in sizes]
+    owns = own_choices(list(zip(samples, gates, strict=True)))
+
+    verdicts = judge_all(
+        [
+            Candidate(delta, gate, [Sample(scores, own)])
+            for scores, gate, delta, own in zip(samples, gates, deltas, owns, strict=True)
+        ],
+        ceiling=1.0,
+    )
+
+    for scores, gate, delta, verdict in zip(samples, gates, deltas, verdicts, strict=True):
+        changed = 0
+        for row in scores:
+            own = set(gating.choose(row[None], spec, gate.trained_bias)[0].tolist())
+            new = set(gating.choose(row[None], spec, gate.trained_bias + delta)[0].tolist())
+            changed += len(new - own)
+        assert verdict.share == Share(changed, len(scores) * spec.top_k)
+
+
+def test_each_of_many_layers_is_cut_as_if_it_were_alone() -> None:
+    candidates = [
+        Candidate(torch.tensor([0.0, shift]), GATE, [Sample(_even(rows)), Sample(_even(100))])
+        for shift, rows in [(0.02, 900), (0.15, 700), (0.9, 64), (0.3, 400), (0.11, 1000)]
+    ]
+
+    together = judge_all(candidates, ceiling=0.1)
+
+    for candidate, verdict in zip(candidates, together, strict=True):
+        alone = judge(candidate.delta, candidate.gate, candidate.samples, ceiling=0.1)
+        assert torch.equal(alone.delta, verdict.delta)
+        assert alone[1:] == verdict[1:]
+    assert [verdict.withdrawn for verdict in together] == [False, False, True, True, False]
+
+
+def test_own_picks_of_a_small_report_are_kept_with_its_rows() -> None:
+    held, gate = HeldSamples(stale_s=10.0), Gate(SPEC, torch.tensor([0.0, 0.1]))
+    for report in (_even(MIN_ROWS), _rows(-0.2, 0.3, -0.1), _rows(0.01)):
+        held.add("r0", report, 0.0, own_choices([(report, gate)])[0])
+
+    sample = held.usable()[0]
+
+    expected = gating.choice_mask(sample.scores_TE, SPEC, gate.trained_bias)
+    assert sample.known_own_TE is not None
+    assert torch.equal(sample.known_own_TE, expected)

@@ -80,3 +80,13 @@ def test_the_oldest_epoch_is_that_of_a_batch_in_flight() -> None:
         still = epochs.oldest(6)
 
     assert (nested, still, epochs.oldest(6)) == (4, 4, 6)
+
+
+def test_a_placement_brings_the_rates_of_its_servers_and_1_where_it_names_none() -> None:
+    placement = _placement(1, "fast")
+    placement.servers[0].rate = 2.5
+    placement.servers.append(pb.ServerSlots(server_id="old"))
+
+    slots = Snapshot(SlotMap(0, ())).with_placement(placement, SPEC).slots
+
+    assert slots.rates == {"fast": 2.5, "old": 1.0}
