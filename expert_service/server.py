@@ -51,7 +51,8 @@ def parse_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     if name == "auto":
         return checkpoint.spec.dtype
     if name not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
+        hint = ': experts are kept so by weights "int8"' if name == "int8" else ""
+        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}{hint}")
     return DTYPES[name]
 
 
@@ -73,7 +74,7 @@ class ExpertServer:
         config: ExpertConfig | None = None,
         metrics_port: int | None = None,
     ) -> None:
-        """`weights` says what becomes of an FP8 checkpoint's: see `kernels.WEIGHTS`.
+        """`weights` says what becomes of the checkpoint's: see `kernels.WEIGHTS`.
 
         `metrics_port` 0 serves metrics on any free port, None serves none. Raises ConfigError for
         slots, backends, dtypes or weights that cannot be.
@@ -208,8 +209,9 @@ class ExpertServer:
     def _memory_bytes(self, slot: Slot) -> int:
         layer = self._checkpoint.spec.layer(slot.layer)
         assert layer is not None  # the shard has checked the slot
+        itemsize = 1 if "int8" in self._backend.name else self._dtype.itemsize
         rows = layer.width(slot.expert)
-        return 3 * rows * self._checkpoint.spec.hidden_size * self._dtype.itemsize
+        return 3 * rows * self._checkpoint.spec.hidden_size * itemsize
 
     def _read_expert(self, slot: Slot) -> ExpertWeights | Fp8ExpertWeights:
         if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):

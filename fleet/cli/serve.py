@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--backend", default="auto", help="auto, onednn, reference or triton")
     parser.add_argument(
-        "--weights", default="auto", help="of FP8 checkpoints: fp8-w8a16, fp8-w8a8 or dequantised"
+        "--weights",
+        default="auto",
+        help="int8; of FP8 files fp8-w8a16, fp8-w8a8, dequantised",
     )
     parser.add_argument("--port", type=int, default=50051, help="router port; 0 for any (50051)")
     parser.add_argument("--ray-address", default=None, help="join this Ray: auto or host:port")
