@@ -113,6 +113,7 @@ def launch(
     routers: int = 1,
     backend: str = "auto",
     weights: str = "auto",
+    numa: str = "off",
     controller: str = "",
     cpus_per_server: float | None = None,
     metrics_port: int | None = None,
@@ -126,6 +127,7 @@ def launch(
     the servers spread over the nodes of that cluster, each of which must see the checkpoint under
     the same path. `port` 0 takes any free one; with several `routers` they get consecutive ports.
     `weights` says what becomes of them, "int8" for instance: see `expert_service.kernels.WEIGHTS`.
+    `numa` "auto" spreads servers over a host's NUMA nodes, each pinned to one.
     With `device` "auto" GPUs are asked for where `backend` is "triton", and else none.
     `progress` is called with the router's view while servers load, an empty one while the router
     does not answer; what it raises ends the start. Raises ConfigError and
@@ -179,6 +181,7 @@ def launch(
             dtype=dtype,
             threads=request.threads,
             weights=weights,
+            numa=numa,
             host=host,
         )
         cluster.servers = start_servers(parts, replicas, request, template, ports.servers)

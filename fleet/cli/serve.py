@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="int8; of FP8 files fp8-w8a16, fp8-w8a8, dequantised",
     )
+    parser.add_argument("--numa", default="off", help="pin servers to NUMA nodes: off or auto")
     parser.add_argument("--port", type=int, default=50051, help="router port; 0 for any (50051)")
     parser.add_argument("--ray-address", default=None, help="join this Ray: auto or host:port")
     parser.add_argument(
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
             routers=arguments.routers,
             backend=arguments.backend,
             weights=arguments.weights,
+            numa=arguments.numa,
             controller=arguments.controller,
             cpus_per_server=arguments.cpus_per_server,
             metrics_port=arguments.metrics_port,

@@ -145,7 +145,7 @@ def test_int8_takes_half_the_bytes_of_bfloat16() -> None:
 
     packed = sum(torch.ops.mkldnn._nbytes(matrix.values) for matrix in matrices)
     scales = sum(matrix.scale.nbytes for matrix in matrices)
-    assert packed <= 1.02 * sum(matrix.numel() for matrix in expert)  # and a word a channel
+    assert packed <= 1.03 * sum(matrix.numel() for matrix in expert)  # and a word a channel
     assert scales == 4 * (128 + 128 + 256)
 
 
