@@ -32,9 +32,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument(
-        "--weights", default="auto", help="of FP8 checkpoints: fp8-w8a16, fp8-w8a8 or dequantised"
+        "--weights",
+        default="auto",
+        help="int8; of FP8 checkpoints fp8-w8a16, fp8-w8a8, dequantised",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for computing")
+    parser.add_argument("--numa", default="off", help="pin to a NUMA node: off, auto or its number")
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -63,6 +66,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         threads=arguments.threads,
         weights=arguments.weights,
+        numa=arguments.numa,
         rpc=RpcConfig(port=arguments.port),
         metrics_port=arguments.metrics_port,
     )

@@ -38,6 +38,7 @@ class ExpertServerOptions:
     dtype: str = "auto"
     threads: int = 1
     weights: str = "auto"
+    numa: str = "off"
     host: str = ""  # address to advertise; empty for the node's
     metrics_port: int | None = None  # 0 for any free one; None for no metrics
     #: Of a server that outlives whoever made it: the Ray namespace whose supervisor must be there.
@@ -85,6 +86,7 @@ class ExpertServerHost:
                 dtype=options.dtype,
                 threads=options.threads,
                 weights=options.weights,
+                numa=options.numa,
                 metrics_port=options.metrics_port,
             )
             await server.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,17 +31,16 @@ class Backend(Protocol):
         """Whether calls may come from several threads, one at a time."""
         ...
 
-    def prepare(
-        self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
-    ) -> ExpertWeights | Fp8ExpertWeights:
-        """Weights that `load` takes over without further work, where the backend can make such.
+    def prepare(self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]) -> Any:
+        """What `load` takes over without further work, where the backend can make such;
+        else the weights.
 
         From any thread, also while others compute; `pause` is called between pieces of the work.
         What it returns is of use to `load` alone.
         """
         ...
 
-    def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
+    def load(self, slot: Slot, weights: Any) -> None:
         """Takes one expert's weights, in the dtype they shall compute in, or FP8, or prepared.
 
         The backend may keep the tensors or a packed copy; the caller drops its references.

@@ -16,6 +16,7 @@ import torch
 from expert_service import metrics
 from expert_service.announcer import Announcer
 from expert_service.kernels import create_backend
+from expert_service.kernels.numa import choose_node, pin_this_thread, usable_nodes
 from expert_service.runner import DeviceRunner
 from expert_service.servicer import SERVICE, ExpertServicer
 from expert_service.shard import ExpertShard
@@ -52,7 +53,8 @@ def parse_dtype(name: str, checkpoint: Checkpoint) -> torch.dtype:
     if name == "auto":
         return checkpoint.spec.dtype
     if name not in DTYPES:
-        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}")
+        hint = ': experts are kept so by weights "int8"' if name == "int8" else ""
+        raise ConfigError(f"dtype is {name!r}, expected auto, {', '.join(DTYPES)}{hint}")
     return DTYPES[name]
 
 
@@ -70,12 +72,13 @@ class ExpertServer:
         dtype: str = "auto",
         threads: int = 1,
         weights: str = "auto",
+        numa: str = "off",
         rpc: RpcConfig | None = None,
         config: ExpertConfig | None = None,
         metrics_port: int | None = None,
     ) -> None:
-        """`weights` says what becomes of an FP8 checkpoint's: see `kernels.WEIGHTS`.
-
+        """`weights` says what becomes of the checkpoint's: see `kernels.WEIGHTS`.
+        `numa` pins the device thread to a NUMA node: see `kernels.numa.choose_node`.
         `metrics_port` 0 serves metrics on any free port, None serves none. Raises ConfigError for
         slots, backends, dtypes or weights that cannot be.
         """
@@ -83,6 +86,9 @@ class ExpertServer:
         self._checkpoint = checkpoint
         self._placing = placing
         self._dtype = parse_dtype(dtype, checkpoint)
+        nodes = usable_nodes()
+        node = choose_node(numa, placing.server_id, nodes)
+        self._pinned_cpus = None if node is None else nodes[node]
         self._backend = create_backend(
             backend,
             device,
@@ -157,6 +163,8 @@ class ExpertServer:
 
     async def _load(self) -> None:
         try:
+            if self._pinned_cpus is not None:  # before anything is packed
+                await self._runner.call(pin_this_thread, self._pinned_cpus)
             await self._take_assigned()
             await self._runner.call(self.shard.load, self._read_expert, self._on_slot)
         except MeshError as error:
@@ -213,8 +221,9 @@ class ExpertServer:
     def _memory_bytes(self, slot: Slot) -> int:
         layer = self._checkpoint.spec.layer(slot.layer)
         assert layer is not None  # the shard has checked the slot
+        itemsize = 1 if "int8" in self._backend.name else self._dtype.itemsize
         rows = layer.width(slot.expert)
-        return 3 * rows * self._checkpoint.spec.hidden_size * self._dtype.itemsize
+        return 3 * rows * self._checkpoint.spec.hidden_size * itemsize
 
     def _read_expert(self, slot: Slot, pause: Pause = no_pause) -> ExpertWeights | Fp8ExpertWeights:
         if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):

@@ -95,7 +95,7 @@ class ExpertShard:
         weights = type(weights)(*(matrix.detach().contiguous() for matrix in weights))
         self.add_prepared(slot, weights, slot_digest(weights))
 
-    def prepare(self, slot: Slot, weights: Weights, pause: Callable[[], None]) -> Weights:
+    def prepare(self, slot: Slot, weights: Weights, pause: Callable[[], None]) -> object:
         """What `add_prepared` takes; from any thread, also while another one computes.
 
         `pause` is called between pieces of the work. Raises ConfigError as `add` does.
@@ -103,7 +103,7 @@ class ExpertShard:
         self._check_weights(slot, weights)
         return self._backend.prepare(weights, pause)
 
-    def add_prepared(self, slot: Slot, prepared: Weights, digest: str) -> None:
+    def add_prepared(self, slot: Slot, prepared: object, digest: str) -> None:
         """`add` for weights that are prepared and hashed already: next to no work."""
         self.check_slot(slot)
         if slot in self._digests:

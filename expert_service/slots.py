@@ -131,7 +131,7 @@ class SlotMover:
 
     # What follows runs on this mover's own thread.
 
-    def _read(self, slot: Slot, pause: Pause) -> tuple[Weights, str]:
+    def _read(self, slot: Slot, pause: Pause) -> tuple[object, str]:
         weights = self._read_expert(slot, pause)
         digest = slot_digest(weights, pause)
         return self._shard.prepare(slot, weights, pause), digest

@@ -137,6 +137,7 @@ def launch(
     routers: int = 1,
     backend: str = "auto",
     weights: str = "auto",
+    numa: str = "off",
     controller: str = "",
     cpus_per_server: float | None = None,
     metrics_port: int | None = None,
@@ -150,7 +151,8 @@ def launch(
     Without `ray_address` a Ray of its own starts on this machine; with it ("auto" or "host:port")
     the servers spread over the nodes of that cluster, each of which must see the checkpoint under
     the same path. `port` 0 takes any free one; with several `routers` they get consecutive ports.
-    `weights` says what becomes of an FP8 checkpoint's: see `expert_service.kernels.WEIGHTS`.
+    `weights` says what becomes of them, "int8" for instance: see `expert_service.kernels.WEIGHTS`.
+    `numa` "auto" spreads servers over a host's NUMA nodes, each pinned to one.
     With `device` "auto" GPUs are asked for where `backend` is "triton", and else none.
     `progress` is called with the router's view while servers load, an empty one while the router
     does not answer; what it raises ends the start. Raises ConfigError and
@@ -184,11 +186,12 @@ def launch(
     )
     with Checkpoint.open(path) as opened:
         spec, run_dtype = opened.spec, parse_dtype(dtype, opened)
+    held_dtype = torch.int8 if weights == "int8" else run_dtype
     parts = initial_parts(spec, shards)
     fixed, patience_s = None, STALLED_S
     if cpus_per_server is not None:
         patience_s = NODE_STALLED_S
-        fixed = fixed_request(cpus_per_server, parts, spec, run_dtype, device)
+        fixed = fixed_request(cpus_per_server, parts, spec, held_dtype, device)
     if controller:
         check_controller(controller)
     session = ray_session.connect(ray_address)
@@ -196,7 +199,7 @@ def launch(
     host = "127.0.0.1" if session.local else ""
     cluster = Cluster(session, Path(tempfile.mkdtemp(prefix="expertmesh-")))
     try:
-        request = fixed or _plan(parts, replicas, spec, run_dtype, device, services)
+        request = fixed or _plan(parts, replicas, spec, held_dtype, device, services)
         if not controller:
             _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services)
         template = ExpertServerOptions(
@@ -209,6 +212,7 @@ def launch(
             dtype=dtype,
             threads=request.threads,
             weights=weights,
+            numa=numa,
             host=host,
         )
         if autoscale is None:

@@ -19,11 +19,13 @@ __all__ = ["BACKENDS", "DEVICES", "WEIGHTS", "create_backend"]
 #: Names that `create_backend` takes.
 BACKENDS = ("auto", "onednn", "reference", "triton", "noop")
 DEVICES = ("auto", "cpu", "cuda")
-#: What becomes of an FP8 checkpoint's weights. They stay FP8 in memory and are multiplied with
-#: activations of the model's dtype (w8a16), or with ones that are rounded to FP8, too (w8a8:
-#: faster for large batches, less exact); or they are read in the model's dtype. "auto" is the first
-#: where the backend and the GPU can, else the last. Other checkpoints know "auto" only.
-WEIGHTS = ("auto", "fp8-w8a16", "fp8-w8a8", "dequantised")
+#: What becomes of the weights. An FP8 checkpoint's stay FP8 in memory and are multiplied with
+#: activations of the model's dtype (fp8-w8a16), or with ones that are rounded to FP8, too
+#: (fp8-w8a8: faster for large batches, less exact); or they are read in the model's dtype
+#: (dequantised). "auto" is the first where the backend and the GPU can, else the last. On the CPU
+#: any checkpoint's can be rounded to 8-bit integers (int8): half of bfloat16's memory, less exact.
+#: Other checkpoints know "auto" and "int8" only.
+WEIGHTS = ("auto", "fp8-w8a16", "fp8-w8a8", "dequantised", "int8")
 
 _MIN_CAPABILITY = (8, 0)  # bf16 matrix units
 _FP8_CAPABILITY = (8, 9)  # Triton converts e4m3 from here on
@@ -62,6 +64,10 @@ def create_backend(
         )
     if name == "auto":
         name = "onednn" if device == "cpu" or (device == "auto" and _no_gpu()) else "triton"
+    if weights == "int8" and name != "onednn":
+        raise ConfigError(
+            f'weights is "int8", which backend "onednn" alone has, not {name!r}: use device "cpu"'
+        )
     if name == "triton":
         return _create_triton(device, dtype, spec, weights, planned)
     if device == "cuda":
@@ -75,7 +81,9 @@ def create_backend(
         )
     if name == "noop":
         return NoopBackend()
-    return ReferenceBackend() if name == "reference" else OneDnnBackend(spec, dtype, threads)
+    if name == "reference":
+        return ReferenceBackend()
+    return OneDnnBackend(spec, dtype, threads, weights)
 
 
 def _create_triton(

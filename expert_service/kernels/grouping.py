@@ -1,18 +1,21 @@
 """Sorts the (row, expert) pairs of one batch by expert, and sums them back by row.
 
-R rows, K pairs asked per row, P pairs kept (id -1 is dropped), H hidden size. Sorted pairs are in
-ascending order of expert, and of row within an expert.
+R rows, K pairs asked per row, P pairs kept (id -1 is dropped), S places of the sorted pairs, H
+hidden size. Pairs are in ascending order of expert, and of row within an expert. Each expert's
+places are cut into blocks, and each block may end in places that no pair has: the sizes of blocks
+are few, so that matrix products of few sizes are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 
-class ExpertGroup(NamedTuple):
-    """The sorted pairs `start .. stop - 1`, all of one expert."""
+class Block(NamedTuple):
+    """The places `start .. stop - 1`, all of one expert."""
 
     expert: int
     start: int
@@ -22,19 +25,38 @@ class ExpertGroup(NamedTuple):
 class Grouping(NamedTuple):
     """One batch's pairs, sorted by expert."""
 
-    groups: list[ExpertGroup]  # experts with at least one row
-    rows: torch.Tensor  # int64 [P]: the row of each sorted pair
+    blocks: list[Block]  # of experts with at least one row; they cover all places, in order
+    rows: torch.Tensor  # int64 [S]: the row at each place; any valid row where there is no pair
     weights: torch.Tensor  # float32 [P]: the weight of each pair, row by row
-    positions: torch.Tensor  # int64 [P]: where each pair, row by row, is among the sorted ones
-    offsets: torch.Tensor  # int64 [R]: where each row starts in `positions`
+    places: torch.Tensor  # int64 [P]: the place of each pair, row by row
+    offsets: torch.Tensor  # int64 [R]: where each row starts in `places`
 
     def is_identity(self, rows: int) -> bool:
-        """Whether the result is one expert's output on every row, as it is."""
-        return len(self.groups) == 1 and len(self.rows) == rows and bool((self.weights == 1).all())
+        """Whether the result is one expert's output on every row, as it is.
+
+        Row r is at place r then, for only the last block of an expert has empty places.
+        """
+        return (
+            bool(self.blocks)
+            and self.blocks[0].expert == self.blocks[-1].expert
+            and len(self.weights) == rows
+            and bool((self.weights == 1).all())
+        )
 
 
-def group_by_expert(expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> Grouping:
+class BlockSizes(NamedTuple):
+    """How many places a number of rows gets."""
+
+    round_up: Callable[[int], int]  # the size of a block for so many rows, at most `largest`
+    largest: int  # itself a size
+
+
+def group_by_expert(
+    expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor, sizes: BlockSizes
+) -> Grouping:
     """Sorts the pairs of a batch by expert, dropping those with id -1. R may be 0."""
+    if len(expert_ids_RK) == 1:
+        return _group_row(expert_ids_RK[0].tolist(), weights_RK[0].tolist(), sizes)
     R, K = expert_ids_RK.shape
     ids_RK = expert_ids_RK.reshape(-1)
     weights_P = weights_RK.reshape(-1)
@@ -42,42 +64,86 @@ def group_by_expert(expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> Gr
     experts, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
     runs = list(zip(experts.tolist(), counts.tolist(), strict=True))
     holes = runs.pop(0)[1] if runs and runs[0][0] < 0 else 0
+    blocks, gaps = _cut(runs, sizes)
 
     order_P = order_P[holes:]
-    positions_P = torch.empty(R * K, dtype=torch.int64)
-    positions_P[order_P] = torch.arange(R * K - holes)
+    # Each expert's pairs lie as far beyond their rank as the experts before it have empty places.
+    place_P = torch.arange(R * K - holes)
+    if runs:
+        place_P += torch.tensor(gaps).repeat_interleave(counts[-len(runs) :])
+    rows_S = torch.zeros(blocks[-1].stop if blocks else 0, dtype=torch.int64)
+    rows_S[place_P] = order_P // max(K, 1)
+
+    places_P = torch.empty(R * K, dtype=torch.int64)
+    places_P[order_P] = place_P
     offsets_R = torch.arange(R) * K
     if holes:
         kept_RK = expert_ids_RK >= 0
         kept = kept_RK.reshape(-1)
-        positions_P, weights_P = positions_P[kept], weights_P[kept]
+        places_P, weights_P = places_P[kept], weights_P[kept]
         kept_R = kept_RK.sum(dim=1)
         offsets_R = torch.cumsum(kept_R, dim=0) - kept_R
+    return Grouping(blocks, rows_S, weights_P, places_P, offsets_R)
 
-    groups = []
-    start = 0
+
+def _group_row(ids: list[int], weights: list[float], sizes: BlockSizes) -> Grouping:
+    """One row's pairs: what there is to sort is done before a torch call would have begun."""
+    kept = [(expert, weight) for expert, weight in zip(ids, weights, strict=True) if expert >= 0]
+    ranked = sorted((expert, rank) for rank, (expert, _) in enumerate(kept))
+    blocks, _ = _cut([(expert, 1) for expert, _ in ranked], sizes)
+    places = [0] * len(kept)
+    for (_, rank), block in zip(ranked, blocks, strict=True):
+        places[rank] = block.start
+    return Grouping(
+        blocks,
+        torch.zeros(blocks[-1].stop if blocks else 0, dtype=torch.int64),
+        torch.tensor([weight for _, weight in kept], dtype=torch.float32),
+        torch.tensor(places, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64),
+    )
+
+
+def _cut(runs: list[tuple[int, int]], sizes: BlockSizes) -> tuple[list[Block], list[int]]:
+    """Blocks for (expert, rows) in order, and how many empty places lie before each expert."""
+    blocks, gaps = [], []
+    start = pairs = 0
     for expert, count in runs:
-        groups.append(ExpertGroup(expert, start, start + count))
-        start += count
-    return Grouping(groups, order_P // max(K, 1), weights_P, positions_P, offsets_R)
+        gaps.append(start - pairs)
+        pairs += count
+        while count > 0:
+            stop = start + sizes.round_up(min(count, sizes.largest))
+            blocks.append(Block(expert, start, stop))
+            count -= sizes.largest
+            start = stop
+    return blocks, gaps
+
+
+def chunks(blocks: list[Block], most: int) -> list[list[Block]]:
+    """The blocks in order, in runs of at most `most` places, or of one block that has more."""
+    runs: list[list[Block]] = []
+    for block in blocks:
+        if not runs or block.stop - runs[-1][0].start > most:
+            runs.append([])
+        runs[-1].append(block)
+    return runs
 
 
 def sum_by_row(
-    y_PH: torch.Tensor, weights: torch.Tensor, positions: torch.Tensor, offsets: torch.Tensor
+    y_SH: torch.Tensor, weights: torch.Tensor, places: torch.Tensor, offsets: torch.Tensor
 ) -> torch.Tensor:
     """Un-sorts and adds up: out[r] = sum of weight * y over the pairs of row r.
 
-    `weights`, `positions` and `offsets` are those of a `Grouping`. Returns [R, H] in `y_PH`'s
+    `weights`, `places` and `offsets` are those of a `Grouping`. Returns [R, H] in `y_SH`'s
     dtype; zeros for a row without pairs. The sum is taken in float32 and rounded once, in one
-    pass over `y_PH`: no copy of it is un-sorted or multiplied.
+    pass over `y_SH`: no copy of it is un-sorted or multiplied.
     """
-    if y_PH.dtype != torch.float32:
+    if y_SH.dtype != torch.float32:
         # `embedding_bag` wants weights in the dtype of y, which would round them to 8 or 11
         # bits. Adding each row twice, times the weight's high and then its low part, keeps
         # float32's 16 to 22 leading bits; the second read of a row comes from L1.
-        high = weights.to(y_PH.dtype)
-        low = (weights - high.float()).to(y_PH.dtype)
+        high = weights.to(y_SH.dtype)
+        low = (weights - high.float()).to(y_SH.dtype)
         weights = torch.stack((high, low), dim=1).reshape(-1)
-        positions = positions.repeat_interleave(2)
+        places = places.repeat_interleave(2)
         offsets = offsets * 2
-    return torch.embedding_bag(y_PH, positions, offsets, per_sample_weights=weights)[0]
+    return torch.embedding_bag(y_SH, places, offsets, per_sample_weights=weights)[0]

@@ -70,13 +70,13 @@ class TritonBackend:
         self._pipeline = Pipeline(device, spec.hidden_size, dtype, self._usual_k)
         self._ready = False
 
-    @torch.inference_mode()
     def prepare(
         self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
     ) -> ExpertWeights | Fp8ExpertWeights:
         """The weights as they are: the copy to the device is on its stream, in turn."""
         return weights
 
+    @torch.inference_mode()
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights) -> None:
         """Copies one expert to the device. Raises ConfigError where it does not fit."""
         if self._planned:

@@ -32,8 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--backend", default="auto", help="auto, onednn, reference or triton")
     parser.add_argument(
-        "--weights", default="auto", help="of FP8 checkpoints: fp8-w8a16, fp8-w8a8 or dequantised"
+        "--weights",
+        default="auto",
+        help="int8; of FP8 files fp8-w8a16, fp8-w8a8, dequantised",
     )
+    parser.add_argument("--numa", default="off", help="pin servers to NUMA nodes: off or auto")
     parser.add_argument("--port", type=int, default=50051, help="router port; 0 for any (50051)")
     parser.add_argument("--ray-address", default=None, help="join this Ray: auto or host:port")
     parser.add_argument(
@@ -74,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             routers=arguments.routers,
             backend=arguments.backend,
             weights=arguments.weights,
+            numa=arguments.numa,
             controller=arguments.controller,
             cpus_per_server=arguments.cpus_per_server,
             metrics_port=arguments.metrics_port,

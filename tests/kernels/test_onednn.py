@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_service.kernels import create_backend
+from expert_service.kernels.grouping import BlockSizes, group_by_expert
 from expert_service.kernels.onednn import OneDnnBackend, block_rows
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.errors import ConfigError
@@ -219,23 +220,45 @@ def test_a_dropped_expert_is_gone() -> None:
         onednn.drop(Slot(LAYER, 1))
 
 
-def test_without_packed_ops_plain_torch_computes_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("expert_service.kernels.onednn.has_packed_ops", lambda: False)
-    onednn, reference = _pair(torch.bfloat16)
-    call = (LAYER, _hidden(20, 48, torch.bfloat16), *_routing(20, 3))
-
-    assert_close(onednn.compute(*call), reference.compute(*call), torch.bfloat16)
-    assert "lacks oneDNN's packed linear operators" in caplog.text
-
-
 def test_blocks_have_few_sizes_and_little_padding() -> None:
     sizes = {block_rows(rows) for rows in range(1, 1025)}
 
     assert len(sizes) == 73
     assert all(rows <= block_rows(rows) <= rows * 1.125 + 1 for rows in range(1, 1025))
     assert block_rows(1, smallest=4) == 4
+
+
+def test_blocks_cover_all_places_and_pairs_go_where_their_expert_is() -> None:
+    ids, weights = _routing(300, 3)
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.2] = -1
+    sizes = BlockSizes(lambda rows: -(-rows // 8) * 8, largest=32)
+
+    grouping = group_by_expert(ids, weights, sizes)
+
+    starts, stops = ([block[i] for block in grouping.blocks] for i in (1, 2))
+    assert [0, *stops[:-1]] == starts
+    assert len(grouping.rows) == stops[-1]
+    assert {stop - start for start, stop in zip(starts, stops, strict=True)} <= {8, 16, 24, 32}
+    expert_of_place = torch.cat(
+        [torch.full((stop - start,), expert) for expert, start, stop in grouping.blocks]
+    )
+    kept = ids >= 0
+    assert torch.equal(expert_of_place[grouping.places], ids[kept].long())
+    assert torch.equal(grouping.rows[grouping.places], kept.nonzero()[:, 0])
+    assert len(grouping.places.unique()) == len(grouping.places)
+
+
+def test_one_row_is_grouped_as_the_same_row_in_a_batch() -> None:
+    ids, weights = torch.tensor([[4, -1, 0, 5]], dtype=torch.int32), torch.rand(1, 4)
+    sizes = BlockSizes(lambda rows: max(rows, 4), largest=32)
+    nobody = torch.full_like(ids, -1)
+
+    alone = group_by_expert(ids, weights, sizes)
+    among = group_by_expert(torch.cat([ids, nobody]), torch.cat([weights, weights]), sizes)
+
+    assert alone.blocks == among.blocks == [(0, 0, 4), (4, 4, 8), (5, 8, 12)]
+    for one, other in zip(alone[1:4], among[1:4], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
