@@ -879,6 +879,7 @@ def test_a_router_whose_gate_cannot_choose_is_refused(mesh, control) -> None:
 
 
 _MIGRATION = Path(__file__).with_name("test_migration.py")  # has the rows of moving experts
+_SCALE = Path(__file__).with_name("test_scale.py")  # has the rows of moving experts
 
 
 def test_every_test_that_the_table_names_is_there() -> None:
@@ -889,7 +890,8 @@ def test_every_test_that_the_table_names_is_there() -> None:
     assert all(named), "a row names no test"
     names = {name for row in named for name in row}
     assert {name for name in names if name.startswith("[")} == {f"[{name}]" for name in REFUSED}
-    there = set(globals()) | set(re.findall(r"^def (test_\w+)", _MIGRATION.read_text(), re.M))
+    others = _MIGRATION.read_text() + _SCALE.read_text()
+    there = set(globals()) | set(re.findall(r"^def (test_\w+)", others, re.M))
     assert {name for name in names if name.startswith("test_")} <= there
 
 
