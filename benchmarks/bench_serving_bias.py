@@ -39,7 +39,7 @@ _ADAPTIVE = BalanceConfig(
     schedule="cosine",
     update_rate_floor=1e-3,
     window_tokens=BATCH * corpus.CONTEXT,
-    window_s=3600.0,  # windows close by rows alone, so that the speed of the machine decides nothing
+    window_s=3600.0,  # windows close by rows alone: the machine's speed decides nothing
 )
 SETTINGS = {
     "frozen": replace(_ADAPTIVE, mode="frozen"),
@@ -65,10 +65,10 @@ logits of the first batch.
   neither.
 * `bits per byte` of the measured windows, and `more` than frozen on the same windows: what the text
   pays. Perplexity per byte is 2 to that power.
-* `MaxVio` over all measured rows, mean over the three layers, and of the worst layer; `batch MaxVio`
-  is the mean over batches of 4096 bytes. `divergence`: share of picks that the trained bias would
-  not have made, as the controller measures it on samples, mean over layers and batches. `largest
-  delta`: of any expert of any layer at the end.
+* `MaxVio` over all measured rows, mean over the three layers, and of the worst layer; `batch
+  MaxVio` is the mean over batches of 4096 bytes. `divergence`: share of picks that the trained bias
+  would not have made, as the controller measures it on samples, mean over layers and batches.
+  `largest delta`: of any expert of any layer at the end.
 * Cells are median (least–largest); repetitions: {repetitions}.
 
 u = 0.02 at first and 0.001 after the warm-up, by half a cosine. One small model on one mix: the
