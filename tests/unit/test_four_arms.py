@@ -34,7 +34,9 @@ def _experts(experts: int = 4, tokens: int = 7) -> list[torch.Tensor]:
         torch.randn(*shape, generator=chance, dtype=torch.float64) for shape in shapes
     )
     scores_TE[:, 2] = -9.0
-    return [each.requires_grad_() for each in (x_TD, scores_TE.softmax(1).detach(), w13_EDG, w2_EFD)]
+    return [
+        each.requires_grad_() for each in (x_TD, scores_TE.softmax(1).detach(), w13_EDG, w2_EFD)
+    ]
 
 
 def _combined(
@@ -118,7 +120,17 @@ def test_an_auxiliary_loss_reaches_the_gate(name: str) -> None:
 def test_a_series_that_was_interrupted_trains_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["train", "--out", str(tmp_path), "--tokens", "8192", "--seeds", "2", "--arms", "none"]
+    command = [
+        "train",
+        "--out",
+        str(tmp_path),
+        "--tokens",
+        "8192",
+        "--seeds",
+        "2",
+        "--arms",
+        "none",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     kept = tmp_path / "none-0.json"
     kept.write_text("ended before")
