@@ -47,10 +47,10 @@ def load(held_out: bool) -> torch.Tensor:
     return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
 
 
-def windows(stream: torch.Tensor) -> torch.Tensor:
-    """Cut a stream into int64 `[W, CONTEXT + 1]`: inputs are `[:, :-1]`, targets are `[:, 1:]`.
+def windows(stream: torch.Tensor, context: int = CONTEXT) -> torch.Tensor:
+    """Cut a stream into int64 `[W, context + 1]`: inputs are `[:, :-1]`, targets are `[:, 1:]`.
 
-    Neighbours share one byte, so each byte is predicted exactly once, from at most CONTEXT bytes
+    Neighbours share one byte, so each byte is predicted exactly once, from at most `context` bytes
     before it (as few as one, where a window begins). The last incomplete window is left out.
     """
-    return stream.unfold(0, CONTEXT + 1, CONTEXT).long()
+    return stream.unfold(0, context + 1, context).long()

@@ -47,6 +47,7 @@ PURE = (
     "expertmesh/model.py",
     "expertmesh/placement.py",
     "expertmesh/telemetry/metric.py",
+    "expertmesh/training/losses.py",
     "load_controller/autoscale.py",
     "load_controller/autoscale_state.py",
     "fleet/measured.py",
