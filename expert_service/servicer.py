@@ -12,6 +12,7 @@ from expertmesh.codec.slots import slots_of
 from expertmesh.errors import StaleEpochError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
 from expertmesh.rpc.session import Admission, FrameProtocol
 from expertmesh.v1 import expert_pb2 as pb
@@ -52,7 +53,10 @@ class ExpertServicer:
         self._host = host
         self._runner = runner
         self._protocol = FrameProtocol(
-            messages.EXECUTE_REQUEST, messages.EXECUTE_RESPONSE, self.execute, admission
+            messages.EXECUTE_REQUEST,
+            messages.EXECUTE_RESPONSE,
+            widening(self.execute),
+            admission,
         )
 
     def handlers(self) -> dict[str, Any]:

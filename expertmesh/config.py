@@ -12,6 +12,7 @@ from expertmesh.errors import ConfigError
 BalanceMode = Literal["frozen", "adaptive", "off"]
 BalancePolicy = Literal["sign", "proportional"]
 RateSchedule = Literal["constant", "inverse", "cosine"]
+WireDtype = Literal["bfloat16", "bf16", "float8_e4m3fn", "fp8"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -137,6 +138,13 @@ class RouterConfig:
     # experts get 17 rows each
     inline_rows: int = 64  # batches up to this are planned on the event loop: a thread hop costs
     # more than the work
+    wire_dtype: WireDtype | None = None  # what hidden states and partial sums travel as, to and
+    # from expert servers, where the batch's own type is wider; None: its own, answers are exact
+
+    def __post_init__(self) -> None:
+        _require(self.wire_dtype is None or self.wire_dtype in get_args(WireDtype),
+                 "router.wire_dtype", self.wire_dtype,
+                 f"{', '.join(get_args(WireDtype))} or None")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import get_args
 
 import uvloop
 
-from expertmesh.config import RpcConfig
+from expertmesh.config import RouterConfig, RpcConfig, WireDtype
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from router_service.server import RouterServer, open_model
 
@@ -23,6 +24,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--router-id", default="router-0", help="stable name of this router")
     parser.add_argument("--host", default="127.0.0.1", help="address that clients can reach")
     parser.add_argument("--port", type=int, default=0, help="0 for any free port")
+    parser.add_argument(
+        "--wire-dtype",
+        choices=get_args(WireDtype),
+        help="what hidden states travel as to and from expert servers; their own type if not given",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -34,6 +40,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         controller=arguments.controller,
         host=arguments.host,
         rpc=RpcConfig(port=arguments.port),
+        config=RouterConfig(wire_dtype=arguments.wire_dtype),
         metrics_port=arguments.metrics_port,
     )
     await run_until_signal(server, lambda: say_listening(server.address, server.metrics_address))

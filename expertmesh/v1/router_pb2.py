@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from expertmesh.v1 import tensor_pb2 as expertmesh_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/router.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xd6\x01\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\x05\x12$\n\x06layers\x18\x05 \x03(\x0b\x32\x14.expertmesh.v1.Layer\x12\x0f\n\x07routers\x18\x06 \x03(\t\x12-\n\x0c\x63ompute_type\x18\x07 \x01(\x0e\x32\x17.expertmesh.v1.DataType\"}\n\x05Layer\x12\r\n\x05index\x18\x01 \x01(\x05\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.expertmesh.v1.LayerKind\x12\x13\n\x0bnum_experts\x18\x03 \x01(\x05\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x19\n\x11has_shared_expert\x18\x05 \x01(\x08\"\xa3\x02\n\x0e\x46orwardRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12,\n\rhidden_states\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12-\n\x0e\x65xpert_weights\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x39\n\x11non_finite_policy\x18\x05 \x01(\x0e\x32\x1e.expertmesh.v1.NonFinitePolicy\x12\x16\n\x0einclude_shared\x18\x06 \x01(\x08\x12\x13\n\x0bwant_detail\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\"\xd5\x01\n\x0f\x46orwardResponse\x12,\n\rhidden_states\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12-\n\x0e\x65xpert_weights\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x14\n\x0c\x62ias_version\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x15\n\rretried_pairs\x18\x06 \x01(\x03\"\xe6\x01\n\x14\x46orwardStreamRequest\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x1d.expertmesh.v1.ForwardRequestH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12,\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.CancelFrameH\x00\x12\x12\n\ntimeout_us\x18\x05 \x01(\x04\x12\x13\n\x0btraceparent\x18\x06 \x01(\tB\x06\n\x04kind\"\r\n\x0b\x43\x61ncelFrame\"\xbd\x01\n\x15\x46orwardStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x31\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x1e.expertmesh.v1.ForwardResponseH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FrameErrorH\x00\x42\x06\n\x04kind\"\x10\n\x0eGetLoadRequest\"\x8e\x01\n\x0fGetLoadResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\x12\x14\n\x0c\x62ias_version\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12,\n\x07\x62\x61lance\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.LayerBalance\"\xb5\x01\n\x0cLayerBalance\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07windows\x18\x02 \x01(\x03\x12\x1c\n\x14window_max_violation\x18\x03 \x01(\x01\x12\x12\n\ndivergence\x18\x04 \x01(\x01\x12\x15\n\rsampled_picks\x18\x05 \x01(\x03\x12\x15\n\rmax_abs_delta\x18\x06 \x01(\x01\x12\x10\n\x08halvings\x18\x07 \x01(\x03\x12\x13\n\x0bwithdrawals\x18\x08 \x01(\x03\"\x85\x01\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\x12\x1b\n\x13\x63\x61ller_gated_counts\x18\x03 \x03(\x03\x12\x15\n\rmax_violation\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\x16\n\x0erepeated_pairs\x18\x06 \x01(\x03\"\x12\n\x10GetStatusRequest\"\xe7\x02\n\x11GetStatusResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12,\n\x07servers\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.ServerStatus\x12\x14\n\x0c\x62ias_version\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x1c\n\x14\x63ontroller_connected\x18\x06 \x01(\x08\x12\x12\n\ncontroller\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\x03\x12\x14\n\x0c\x62\x61lance_mode\x18\t \x01(\t\x12\x19\n\x11\x61nswered_requests\x18\n \x01(\x03\x12\x15\n\rretried_pairs\x18\x0b \x01(\x03\x12\x18\n\x10\x63ontroller_age_s\x18\x0c \x01(\x01\x12\x15\n\rbalance_alive\x18\r \x01(\x08\x12\x14\n\x0cwindow_age_s\x18\x0e \x01(\x01\x12\x12\n\ndivergence\x18\x0f \x01(\x01\"\x92\x02\n\x0cServerStatus\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\r\n\x05slots\x18\x06 \x01(\x03\x12\x14\n\x0cloaded_bytes\x18\x07 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x03\x12\x0b\n\x03pid\x18\t \x01(\x03\x12\x0c\n\x04node\x18\n \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x0b \x01(\t\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x1a\n\x12requests_in_flight\x18\r \x01(\x03\x12\x15\n\ranswered_rows\x18\x0e \x01(\x03*Q\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LAYER_KIND_DENSE\x10\x01\x12\x12\n\x0eLAYER_KIND_MOE\x10\x02\x32\xa0\x03\n\rRouterService\x12K\n\x08\x44\x65scribe\x12\x1e.expertmesh.v1.DescribeRequest\x1a\x1f.expertmesh.v1.DescribeResponse\x12H\n\x07\x46orward\x12\x1d.expertmesh.v1.ForwardRequest\x1a\x1e.expertmesh.v1.ForwardResponse\x12^\n\rForwardStream\x12#.expertmesh.v1.ForwardStreamRequest\x1a$.expertmesh.v1.ForwardStreamResponse(\x01\x30\x01\x12H\n\x07GetLoad\x12\x1d.expertmesh.v1.GetLoadRequest\x1a\x1e.expertmesh.v1.GetLoadResponse\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/router.proto\x12\rexpertmesh.v1\x1a\x1a\x65xpertmesh/v1/tensor.proto\"\x11\n\x0f\x44\x65scribeRequest\"\xd6\x01\n\x10\x44\x65scribeResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\x05\x12\x19\n\x11\x63heckpoint_digest\x18\x02 \x01(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\x05\x12$\n\x06layers\x18\x05 \x03(\x0b\x32\x14.expertmesh.v1.Layer\x12\x0f\n\x07routers\x18\x06 \x03(\t\x12-\n\x0c\x63ompute_type\x18\x07 \x01(\x0e\x32\x17.expertmesh.v1.DataType\"}\n\x05Layer\x12\r\n\x05index\x18\x01 \x01(\x05\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.expertmesh.v1.LayerKind\x12\x13\n\x0bnum_experts\x18\x03 \x01(\x05\x12\r\n\x05top_k\x18\x04 \x01(\x05\x12\x19\n\x11has_shared_expert\x18\x05 \x01(\x08\"\xd7\x02\n\x0e\x46orwardRequest\x12\r\n\x05layer\x18\x01 \x01(\x05\x12,\n\rhidden_states\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12-\n\x0e\x65xpert_weights\x18\x04 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x39\n\x11non_finite_policy\x18\x05 \x01(\x0e\x32\x1e.expertmesh.v1.NonFinitePolicy\x12\x16\n\x0einclude_shared\x18\x06 \x01(\x08\x12\x13\n\x0bwant_detail\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x32\n\x13hidden_states_scale\x18\t \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\x89\x02\n\x0f\x46orwardResponse\x12,\n\rhidden_states\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12)\n\nexpert_ids\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12-\n\x0e\x65xpert_weights\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\x12\x14\n\x0c\x62ias_version\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x15\n\rretried_pairs\x18\x06 \x01(\x03\x12\x32\n\x13hidden_states_scale\x18\x07 \x01(\x0b\x32\x15.expertmesh.v1.Tensor\"\xe6\x01\n\x14\x46orwardStreamRequest\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x30\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x1d.expertmesh.v1.ForwardRequestH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12,\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.CancelFrameH\x00\x12\x12\n\ntimeout_us\x18\x05 \x01(\x04\x12\x13\n\x0btraceparent\x18\x06 \x01(\tB\x06\n\x04kind\"\r\n\x0b\x43\x61ncelFrame\"\xbd\x01\n\x15\x46orwardStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\x04\x12\x31\n\x07\x66orward\x18\x02 \x01(\x0b\x32\x1e.expertmesh.v1.ForwardResponseH\x00\x12+\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.TensorChunkH\x00\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x19.expertmesh.v1.FrameErrorH\x00\x42\x06\n\x04kind\"\x10\n\x0eGetLoadRequest\"\x8e\x01\n\x0fGetLoadResponse\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.expertmesh.v1.LayerLoad\x12\x14\n\x0c\x62ias_version\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12,\n\x07\x62\x61lance\x18\x04 \x03(\x0b\x32\x1b.expertmesh.v1.LayerBalance\"\xb5\x01\n\x0cLayerBalance\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0f\n\x07windows\x18\x02 \x01(\x03\x12\x1c\n\x14window_max_violation\x18\x03 \x01(\x01\x12\x12\n\ndivergence\x18\x04 \x01(\x01\x12\x15\n\rsampled_picks\x18\x05 \x01(\x03\x12\x15\n\rmax_abs_delta\x18\x06 \x01(\x01\x12\x10\n\x08halvings\x18\x07 \x01(\x03\x12\x13\n\x0bwithdrawals\x18\x08 \x01(\x03\"\x85\x01\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\x12\x1b\n\x13\x63\x61ller_gated_counts\x18\x03 \x03(\x03\x12\x15\n\rmax_violation\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\x16\n\x0erepeated_pairs\x18\x06 \x01(\x03\"\x12\n\x10GetStatusRequest\"\xe7\x02\n\x11GetStatusResponse\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12,\n\x07servers\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.ServerStatus\x12\x14\n\x0c\x62ias_version\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x1c\n\x14\x63ontroller_connected\x18\x06 \x01(\x08\x12\x12\n\ncontroller\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\x03\x12\x14\n\x0c\x62\x61lance_mode\x18\t \x01(\t\x12\x19\n\x11\x61nswered_requests\x18\n \x01(\x03\x12\x15\n\rretried_pairs\x18\x0b \x01(\x03\x12\x18\n\x10\x63ontroller_age_s\x18\x0c \x01(\x01\x12\x15\n\rbalance_alive\x18\r \x01(\x08\x12\x14\n\x0cwindow_age_s\x18\x0e \x01(\x01\x12\x12\n\ndivergence\x18\x0f \x01(\x01\"\x92\x02\n\x0cServerStatus\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\r\n\x05slots\x18\x06 \x01(\x03\x12\x14\n\x0cloaded_bytes\x18\x07 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x08 \x01(\x03\x12\x0b\n\x03pid\x18\t \x01(\x03\x12\x0c\n\x04node\x18\n \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x0b \x01(\t\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x1a\n\x12requests_in_flight\x18\r \x01(\x03\x12\x15\n\ranswered_rows\x18\x0e \x01(\x03*Q\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LAYER_KIND_DENSE\x10\x01\x12\x12\n\x0eLAYER_KIND_MOE\x10\x02\x32\xa0\x03\n\rRouterService\x12K\n\x08\x44\x65scribe\x12\x1e.expertmesh.v1.DescribeRequest\x1a\x1f.expertmesh.v1.DescribeResponse\x12H\n\x07\x46orward\x12\x1d.expertmesh.v1.ForwardRequest\x1a\x1e.expertmesh.v1.ForwardResponse\x12^\n\rForwardStream\x12#.expertmesh.v1.ForwardStreamRequest\x1a$.expertmesh.v1.ForwardStreamResponse(\x01\x30\x01\x12H\n\x07GetLoad\x12\x1d.expertmesh.v1.GetLoadRequest\x1a\x1e.expertmesh.v1.GetLoadResponse\x12N\n\tGetStatus\x12\x1f.expertmesh.v1.GetStatusRequest\x1a .expertmesh.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYERKIND']._serialized_start=2528
-  _globals['_LAYERKIND']._serialized_end=2609
+  _globals['_LAYERKIND']._serialized_start=2632
+  _globals['_LAYERKIND']._serialized_end=2713
   _globals['_DESCRIBEREQUEST']._serialized_start=73
   _globals['_DESCRIBEREQUEST']._serialized_end=90
   _globals['_DESCRIBERESPONSE']._serialized_start=93
@@ -41,29 +41,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LAYER']._serialized_start=309
   _globals['_LAYER']._serialized_end=434
   _globals['_FORWARDREQUEST']._serialized_start=437
-  _globals['_FORWARDREQUEST']._serialized_end=728
-  _globals['_FORWARDRESPONSE']._serialized_start=731
-  _globals['_FORWARDRESPONSE']._serialized_end=944
-  _globals['_FORWARDSTREAMREQUEST']._serialized_start=947
-  _globals['_FORWARDSTREAMREQUEST']._serialized_end=1177
-  _globals['_CANCELFRAME']._serialized_start=1179
-  _globals['_CANCELFRAME']._serialized_end=1192
-  _globals['_FORWARDSTREAMRESPONSE']._serialized_start=1195
-  _globals['_FORWARDSTREAMRESPONSE']._serialized_end=1384
-  _globals['_GETLOADREQUEST']._serialized_start=1386
-  _globals['_GETLOADREQUEST']._serialized_end=1402
-  _globals['_GETLOADRESPONSE']._serialized_start=1405
-  _globals['_GETLOADRESPONSE']._serialized_end=1547
-  _globals['_LAYERBALANCE']._serialized_start=1550
-  _globals['_LAYERBALANCE']._serialized_end=1731
-  _globals['_LAYERLOAD']._serialized_start=1734
-  _globals['_LAYERLOAD']._serialized_end=1867
-  _globals['_GETSTATUSREQUEST']._serialized_start=1869
-  _globals['_GETSTATUSREQUEST']._serialized_end=1887
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1890
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2249
-  _globals['_SERVERSTATUS']._serialized_start=2252
-  _globals['_SERVERSTATUS']._serialized_end=2526
-  _globals['_ROUTERSERVICE']._serialized_start=2612
-  _globals['_ROUTERSERVICE']._serialized_end=3028
+  _globals['_FORWARDREQUEST']._serialized_end=780
+  _globals['_FORWARDRESPONSE']._serialized_start=783
+  _globals['_FORWARDRESPONSE']._serialized_end=1048
+  _globals['_FORWARDSTREAMREQUEST']._serialized_start=1051
+  _globals['_FORWARDSTREAMREQUEST']._serialized_end=1281
+  _globals['_CANCELFRAME']._serialized_start=1283
+  _globals['_CANCELFRAME']._serialized_end=1296
+  _globals['_FORWARDSTREAMRESPONSE']._serialized_start=1299
+  _globals['_FORWARDSTREAMRESPONSE']._serialized_end=1488
+  _globals['_GETLOADREQUEST']._serialized_start=1490
+  _globals['_GETLOADREQUEST']._serialized_end=1506
+  _globals['_GETLOADRESPONSE']._serialized_start=1509
+  _globals['_GETLOADRESPONSE']._serialized_end=1651
+  _globals['_LAYERBALANCE']._serialized_start=1654
+  _globals['_LAYERBALANCE']._serialized_end=1835
+  _globals['_LAYERLOAD']._serialized_start=1838
+  _globals['_LAYERLOAD']._serialized_end=1971
+  _globals['_GETSTATUSREQUEST']._serialized_start=1973
+  _globals['_GETSTATUSREQUEST']._serialized_end=1991
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1994
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2353
+  _globals['_SERVERSTATUS']._serialized_start=2356
+  _globals['_SERVERSTATUS']._serialized_end=2630
+  _globals['_ROUTERSERVICE']._serialized_start=2716
+  _globals['_ROUTERSERVICE']._serialized_end=3132
 # @@protoc_insertion_point(module_scope)
