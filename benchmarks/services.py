@@ -18,7 +18,7 @@ _STOP_S = 20.0
 
 
 @contextmanager
-def service(folder: Path, *command: str) -> Iterator[str]:
+def service(folder: Path, *command: str, python: str = sys.executable) -> Iterator[str]:
     """`python COMMAND` with one thread that sleeps when idle; yields where it listens."""
     environment = {
         **os.environ,
@@ -30,7 +30,7 @@ def service(folder: Path, *command: str) -> Iterator[str]:
     with (
         log.open("a") as errors,
         subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
@@ -49,19 +49,52 @@ def service(folder: Path, *command: str) -> Iterator[str]:
 
 
 @contextmanager
-def cluster(checkpoint: Path, folder: Path, shards: int, backend: str = "auto") -> Iterator[str]:
-    """A controller, a router and `shards` expert servers of one thread; the router's address."""
+def cluster(
+    checkpoint: Path,
+    folder: Path,
+    shards: int,
+    backend: str = "auto",
+    routers: int = 1,
+    router_settings: str = "",
+    expert_settings: str = "",
+) -> Iterator[str]:
+    """A controller, routers and `shards` expert servers of one thread; the routers' addresses.
+
+    Settings are keyword arguments of RouterConfig and ExpertConfig, as Python has them.
+    """
     with ExitStack() as stack:
         start = stack.enter_context
         state = str(folder / "state.sqlite")
         controller = start(service(folder, "-m", "load_controller", "--state", state))
         link = ("--controller", controller)
-        router = start(service(folder, "-m", "router_service", str(checkpoint), *link))
+        run = _with_settings("router_service", "RouterConfig", router_settings)
+        addresses = [
+            start(service(folder, *run, str(checkpoint), "--router-id", f"router-{index}", *link))
+            for index in range(routers)
+        ]
+        run = _with_settings("expert_service", "ExpertConfig", expert_settings)
         for shard in range(shards):
             part = ("--shard", f"{shard}/{shards}", "--backend", backend)
-            start(service(folder, "-m", "expert_service", str(checkpoint), *part, *link))
-        _wait_ready(router, shards)
-        yield router
+            start(service(folder, *run, str(checkpoint), *part, *link))
+        for address in addresses:
+            _wait_ready(address, shards)
+        yield ",".join(addresses)
+
+
+def _with_settings(module: str, config: str, settings: str) -> tuple[str, ...]:
+    """The service's command, with other defaults of its configuration."""
+    if not settings:
+        return ("-m", module)
+    return (
+        "-c",
+        f"""
+import sys
+from expertmesh import config
+config.{config}.__init__.__kwdefaults__.update(dict({settings}))
+from {module}.__main__ import main
+sys.exit(main())
+""",
+    )
 
 
 @contextmanager
