@@ -32,7 +32,8 @@ _TIMEOUT_S = 120.0
 _TOLERANCE = 2e-2  # bf16
 _DECODE_SAYS = f"""\
 Processes on one machine, without Ray: clients (one process, a connection each), a router,
-{_SHARDS} expert servers (onednn, one thread each). Every client decodes: T = 1, rows of its own, its
+{_SHARDS} expert servers (onednn, one thread each). Every client decodes: T = 1, rows of its own,
+its
 next request when the last is answered. `tokens/s` is of all clients together; `ratio` is {_CLIENTS}
 clients over one, round by round."""
 _ROUTERS_SAYS = f"""\
