@@ -19,7 +19,7 @@ _STOP_S = 20.0
 
 
 @contextmanager
-def service(folder: Path, *command: str) -> Iterator[str]:
+def service(folder: Path, *command: str, python: str = sys.executable) -> Iterator[str]:
     """`python COMMAND` with one thread that sleeps when idle; yields where it listens."""
     environment = {
         **os.environ,
@@ -31,7 +31,7 @@ def service(folder: Path, *command: str) -> Iterator[str]:
     with (
         log.open("a") as errors,
         subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
@@ -58,19 +58,45 @@ class Addresses(NamedTuple):
 
 @contextmanager
 def cluster(
-    checkpoint: Path, folder: Path, shards: int, backend: str = "auto", shared_memory: str = "off"
+    checkpoint: Path,
+    folder: Path,
+    shards: int,
+    backend: str = "auto",
+    *,
+    shared_memory: str = "off",
+    routers: int = 1,
+    router_settings: str = "",
+    expert_settings: str = "",
 ) -> Iterator[str]:
-    """A controller, a router and `shards` expert servers of one thread; the router's address.
+    """A controller, routers and `shards` expert servers of one thread; the routers' addresses.
 
-    `shared_memory` is the router's, with the expert servers.
+    `shared_memory` is the routers', with the expert servers. Settings are keyword arguments of
+    RouterConfig and ExpertConfig, as Python has them.
     """
-    with whole_cluster(checkpoint, folder, shards, backend, shared_memory) as addresses:
+    with whole_cluster(
+        checkpoint,
+        folder,
+        shards,
+        backend,
+        shared_memory=shared_memory,
+        routers=routers,
+        router_settings=router_settings,
+        expert_settings=expert_settings,
+    ) as addresses:
         yield addresses.router
 
 
 @contextmanager
 def whole_cluster(
-    checkpoint: Path, folder: Path, shards: int, backend: str = "auto", shared_memory: str = "off"
+    checkpoint: Path,
+    folder: Path,
+    shards: int,
+    backend: str = "auto",
+    *,
+    shared_memory: str = "off",
+    routers: int = 1,
+    router_settings: str = "",
+    expert_settings: str = "",
 ) -> Iterator[Addresses]:
     """The same, for those who need the controller, too. Servers are shard-0, shard-1, ..."""
     with ExitStack() as stack:
@@ -78,13 +104,39 @@ def whole_cluster(
         state = str(folder / f"state-{shared_memory}.sqlite")
         controller = start(service(folder, "-m", "load_controller", "--state", state))
         link = ("--controller", controller)
-        router = start(service(folder, "-m", "router_service", str(checkpoint),
-                               "--shared-memory", shared_memory, *link))  # fmt: skip
+        run = _with_settings("router_service", "RouterConfig", router_settings)
+        shared = ("--shared-memory", shared_memory)
+        addresses = [
+            start(
+                service(
+                    folder, *run, str(checkpoint), "--router-id", f"router-{each}", *shared, *link
+                )
+            )
+            for each in range(routers)
+        ]
+        run = _with_settings("expert_service", "ExpertConfig", expert_settings)
         for shard in range(shards):
             part = ("--shard", f"{shard}/{shards}", "--backend", backend)
-            start(service(folder, "-m", "expert_service", str(checkpoint), *part, *link))
-        _wait_ready(router, shards)
-        yield Addresses(router, controller)
+            start(service(folder, *run, str(checkpoint), *part, *link))
+        for address in addresses:
+            _wait_ready(address, shards)
+        yield Addresses(",".join(addresses), controller)
+
+
+def _with_settings(module: str, config: str, settings: str) -> tuple[str, ...]:
+    """The service's command, with other defaults of its configuration."""
+    if not settings:
+        return ("-m", module)
+    return (
+        "-c",
+        f"""
+import sys
+from expertmesh import config
+config.{config}.__init__.__kwdefaults__.update(dict({settings}))
+from {module}.__main__ import main
+sys.exit(main())
+""",
+    )
 
 
 @contextmanager

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from expert_service.runner import DeviceRunner
-from expertmesh.codec import messages
+from expertmesh.codec import messages, narrow
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.codec.slots import slots_of
 from expertmesh.errors import StaleEpochError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
 from expertmesh.rpc.session import Admission, FrameProtocol
 from expertmesh.v1 import expert_pb2 as pb
@@ -58,7 +59,7 @@ class ExpertServicer:
         self._protocol = FrameProtocol(
             messages.EXECUTE_REQUEST,
             messages.EXECUTE_RESPONSE,
-            self.execute,
+            widening(self.execute),
             admission,
             self.execute_now,
         )
@@ -105,7 +106,9 @@ class ExpertServicer:
         return await self._runner.execute(request, deadline)
 
     def execute_now(self, request: ExecuteRequest) -> ExecuteResponse | None:
-        """The same at once; None where the device's turn has to be waited for."""
+        """The same at once; None where the device's turn has to be waited for, and for FP8."""
+        if request.hidden_states.dtype == narrow.FP8 or request.hidden_states_scale is not None:
+            return None
         self._check(request)
         return self._runner.execute_now(request)
 

@@ -10,7 +10,13 @@ from typing import Any, Literal, Self
 import grpc.aio
 import torch
 
-from expertmesh.codec.messages import FORWARD_REQUEST, FORWARD_RESPONSE, ForwardRequest
+from expertmesh.codec import narrow
+from expertmesh.codec.messages import (
+    FORWARD_REQUEST,
+    FORWARD_RESPONSE,
+    ForwardRequest,
+    ForwardResponse,
+)
 from expertmesh.config import SharedMemoryConfig, SharedMemoryMode
 from expertmesh.errors import (
     DeadlineError,
@@ -24,6 +30,7 @@ from expertmesh.rpc import loop, status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
+from expertmesh.rpc.narrowing import ask_narrow
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import router_pb2 as pb
 from expertmesh.v1 import router_pb2_grpc
@@ -82,8 +89,12 @@ class AsyncMesh:
     """A connection to a cluster, for asyncio. Used from one event loop; see `connect_async`."""
 
     def __init__(
-        self, addresses: list[str], shared_memory: str | SharedMemoryConfig = "off"
+        self,
+        addresses: list[str],
+        shared_memory: str | SharedMemoryConfig = "off",
+        wire_dtype: torch.dtype | str | None = None,
     ) -> None:
+        self._wire_dtype = narrow.wire_dtype(wire_dtype)
         self._shared_memory = SharedMemoryConfig.of(shared_memory)
         self._links = {each: _RouterLink(each, self._shared_memory) for each in addresses}
         self._info: MeshInfo | None = None
@@ -134,18 +145,23 @@ class AsyncMesh:
         infinity is refused unless `non_finite` is "pass". Raises MeshError. No gradients.
         """
         request = make_request(hidden, layer, expert_ids, expert_weights, shared, non_finite)
-        response = await self._forward(request, deadline_after(timeout))
-        return response.to(hidden.device).view(hidden.shape)
+        deadline = deadline_after(timeout)
+        if self._wire_dtype is None:
+            response = await self._forward(request, deadline)
+        else:
+            response = await ask_narrow(
+                request, self._wire_dtype, "a router", lambda: self._forward(request, deadline)
+            )
+        return response.hidden_states.to(hidden.device).view(hidden.shape)
 
-    async def _forward(self, request: ForwardRequest, deadline: Deadline) -> torch.Tensor:
+    async def _forward(self, request: ForwardRequest, deadline: Deadline) -> ForwardResponse:
         avoid: frozenset[str] = frozenset()
         while True:
             link = self._pick(avoid)
             try:
                 stream = await link.stream()
-                answer = await stream.call(request, deadline)
-                output: torch.Tensor = answer.hidden_states
-                return output
+                answer: ForwardResponse = await stream.call(request, deadline)
+                return answer
             except UnavailableError:
                 if deadline.remaining <= _RETRY_PAUSE_S:
                     raise
@@ -313,9 +329,12 @@ class Connecting(Coroutine[Any, Any, AsyncMesh]):
 
 
 async def _open(
-    addresses: list[str], timeout: float, shared_memory: str | SharedMemoryConfig
+    addresses: list[str],
+    timeout: float,
+    shared_memory: str | SharedMemoryConfig,
+    wire_dtype: torch.dtype | str | None,
 ) -> AsyncMesh:
-    mesh = AsyncMesh(addresses, shared_memory)
+    mesh = AsyncMesh(addresses, shared_memory, wire_dtype)
     try:
         await mesh.open(timeout)
     except BaseException:
@@ -329,16 +348,22 @@ def connect_async(
     timeout: float = 10.0,
     *,
     shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
+    wire_dtype: torch.dtype | str | None = None,
 ) -> Connecting:
     """Connects to a cluster by the address of a router, or several, separated by commas.
 
     `mesh = await connect_async(...)`, or `async with connect_async(...) as mesh`. Further routers
-    of the same cluster are found, and requests spread over all of them. With `shared_memory`
-    "auto", hidden states go through memory that is shared with those routers that run on the same
-    host as the same user, and over TCP to the others. Raises UnavailableError when none answers
-    within `timeout` seconds.
+    of the same cluster are found, and requests spread over all of them. Raises UnavailableError
+    when none answers within `timeout` seconds.
+
+    With `shared_memory` "auto", hidden states go through memory that is shared with those routers
+    that run on the same host as the same user, and over TCP to the others.
+
+    `wire_dtype` makes hidden states and answers travel narrower than the caller has them:
+    "bfloat16" of float32, "float8_e4m3fn" of all three; answers are less exact then
+    (docs/protocol.md has the error). What is as narrow already travels as it is.
     """
-    return Connecting(_open(_addresses(address), timeout, shared_memory))
+    return Connecting(_open(_addresses(address), timeout, shared_memory, wire_dtype))
 
 
 def connect(
@@ -346,9 +371,10 @@ def connect(
     timeout: float = 10.0,
     *,
     shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
+    wire_dtype: torch.dtype | str | None = None,
 ) -> Mesh:
     """The blocking, thread-safe twin of `connect_async`."""
-    return Mesh(loop.run(_open(_addresses(address), timeout, shared_memory)))
+    return Mesh(loop.run(_open(_addresses(address), timeout, shared_memory, wire_dtype)))
 
 
 def _is_loopback(address: str) -> bool:

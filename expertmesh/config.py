@@ -14,6 +14,7 @@ BalancePolicy = Literal["sign", "proportional"]
 _MAX_SHARED_BYTES = 1 << 30  # of one arena that a server maps
 SharedMemoryMode = Literal["auto", "off"]
 RateSchedule = Literal["constant", "inverse", "cosine"]
+WireDtype = Literal["bfloat16", "bf16", "float8_e4m3fn", "fp8"]
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -173,6 +174,13 @@ class RouterConfig:
     shared_memory: SharedMemoryConfig = SharedMemoryConfig()  # with the expert servers
     inline_rows: int = 64  # batches up to this are planned on the event loop: a thread hop costs
     # more than the work
+    wire_dtype: WireDtype | None = None  # what hidden states and partial sums travel as, to and
+    # from expert servers, where the batch's own type is wider; None: its own, answers are exact
+
+    def __post_init__(self) -> None:
+        _require(self.wire_dtype is None or self.wire_dtype in get_args(WireDtype),
+                 "router.wire_dtype", self.wire_dtype,
+                 f"{', '.join(get_args(WireDtype))} or None")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import get_args
 
 import uvloop
 
-from expertmesh.config import RouterConfig, RpcConfig, SharedMemoryConfig
+from expertmesh.config import RouterConfig, RpcConfig, SharedMemoryConfig, WireDtype
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from router_service.server import RouterServer, open_model
 
@@ -29,6 +30,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         default="off",
         help="auto: share memory with expert servers of this host and user (default off)",
     )
+    parser.add_argument(
+        "--wire-dtype",
+        choices=get_args(WireDtype),
+        help="what hidden states travel as to and from expert servers; their own type if not given",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -40,7 +46,10 @@ async def _serve(arguments: argparse.Namespace) -> None:
         controller=arguments.controller,
         host=arguments.host,
         rpc=RpcConfig(port=arguments.port),
-        config=RouterConfig(shared_memory=SharedMemoryConfig(mode=arguments.shared_memory)),
+        config=RouterConfig(
+            shared_memory=SharedMemoryConfig(mode=arguments.shared_memory),
+            wire_dtype=arguments.wire_dtype,
+        ),
         metrics_port=arguments.metrics_port,
     )
     await run_until_signal(server, lambda: say_listening(server.address, server.metrics_address))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
-from expertmesh.codec import messages
+from expertmesh.codec import messages, narrow
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
 from expertmesh.errors import MeshError, MismatchError, UnavailableError
@@ -20,6 +20,7 @@ from expertmesh.rpc import status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
+from expertmesh.rpc.narrowing import ask_narrow
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import expert_pb2, router_pb2
 
@@ -44,6 +45,7 @@ class ServerLink:
         self.answered_rows = 0
         self._digest = digest
         self._config = config
+        self._wire_dtype = narrow.wire_dtype(config.wire_dtype)
         self._on_change = on_change
         self._stream: FrameStream | None = None
         self._moved = asyncio.Event()
@@ -93,7 +95,12 @@ class ServerLink:
         """Asks the server; see `FrameStream.begin`. Raises UnavailableError."""
         if self._stream is None:
             raise UnavailableError(f"expert server {self.announced.server_id} is not connected")
-        return self._stream.begin(request, deadline)
+        if self._wire_dtype is None:
+            return self._stream.begin(request, deadline)
+        stream, who = self._stream, f"expert server {self.announced.server_id}"
+        return asyncio.ensure_future(
+            ask_narrow(request, self._wire_dtype, who, lambda: stream.begin(request, deadline))
+        )
 
     def learn(self, rows: int, took_s: float) -> None:
         """Notes an answer, and how long the server took for it."""

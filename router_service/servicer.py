@@ -9,6 +9,7 @@ from expertmesh.codec import messages, tensors
 from expertmesh.errors import UnavailableError
 from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
 from expertmesh.rpc.session import Admission, FrameProtocol
 from expertmesh.v1 import router_pb2 as pb
@@ -25,7 +26,10 @@ class RouterServicer:
         self._router = router
         self._controller = controller
         self._protocol = FrameProtocol(
-            messages.FORWARD_REQUEST, messages.FORWARD_RESPONSE, router.forward, admission
+            messages.FORWARD_REQUEST,
+            messages.FORWARD_RESPONSE,
+            widening(router.forward),
+            admission,
         )
 
     def handlers(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class ForwardRequest:
     include_shared: bool = False
     want_detail: bool = False
     request_id: str = ""
+    hidden_states_scale: torch.Tensor | None = None  # [T] float32, beside FP8
     room: torch.Tensor | None = None  # [T, H] where the answer may be written; never sent
 
 
@@ -43,6 +44,7 @@ class ForwardResponse:
     bias_version: int = 0
     epoch: int = 0
     retried_pairs: int = 0
+    hidden_states_scale: torch.Tensor | None = None  # [T] float32, beside FP8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,6 +57,7 @@ class ExecuteRequest:
     expert_weights: torch.Tensor  # [R, k] float32
     epoch: int = 0
     request_id: str = ""
+    hidden_states_scale: torch.Tensor | None = None  # [R] float32, beside FP8
     room: torch.Tensor | None = None  # [R, H] where the answer may be written; never sent
 
 
@@ -65,6 +68,7 @@ class ExecuteResponse:
     hidden_states: torch.Tensor  # [R, H]
     queue_us: int = 0
     compute_us: int = 0
+    hidden_states_scale: torch.Tensor | None = None  # [R] float32, beside FP8
 
 
 Message = ForwardRequest | ForwardResponse | ExecuteRequest | ExecuteResponse
@@ -160,6 +164,7 @@ class ForwardRequestCodec:
                 wire.field_varint(6, message.include_shared),
                 wire.field_varint(7, message.want_detail),
                 wire.field_text(8, message.request_id),
+                tensors.field(9, message.hidden_states_scale),
             )
         )
         return head, tail
@@ -172,7 +177,7 @@ class ForwardRequestCodec:
             end,
             max_bytes,
             hidden=2,
-            tensors_={3: "expert_ids", 4: "expert_weights"},
+            tensors_={3: "expert_ids", 4: "expert_weights", 9: "hidden_states_scale"},
             integers=(1, 5, 6, 7),
             texts=(8,),
         )
@@ -185,6 +190,7 @@ class ForwardRequestCodec:
             include_shared=bool(got.numbers.get(6, 0)),
             want_detail=bool(got.numbers.get(7, 0)),
             request_id=got.texts.get(8, ""),
+            hidden_states_scale=got.tensors.get(9),
         )
         return Pending(message, got.hidden)
 
@@ -201,6 +207,7 @@ class ForwardResponseCodec:
                 wire.field_varint(4, message.bias_version),
                 wire.field_varint(5, message.epoch),
                 wire.field_varint(6, message.retried_pairs),
+                tensors.field(7, message.hidden_states_scale),
             )
         )
         return tensors.header(message.hidden_states, 1, data_length)[0], tail
@@ -213,7 +220,7 @@ class ForwardResponseCodec:
             end,
             max_bytes,
             hidden=1,
-            tensors_={2: "expert_ids", 3: "expert_weights"},
+            tensors_={2: "expert_ids", 3: "expert_weights", 7: "hidden_states_scale"},
             integers=(4, 5, 6),
         )
         message = ForwardResponse(
@@ -223,6 +230,7 @@ class ForwardResponseCodec:
             bias_version=got.numbers.get(4, 0),
             epoch=got.numbers.get(5, 0),
             retried_pairs=got.numbers.get(6, 0),
+            hidden_states_scale=got.tensors.get(7),
         )
         return Pending(message, got.hidden)
 
@@ -240,6 +248,7 @@ class ExecuteRequestCodec:
                 tensors.field(4, message.expert_weights),
                 wire.field_varint(5, message.epoch),
                 wire.field_text(8, message.request_id),
+                tensors.field(9, message.hidden_states_scale),
             )
         )
         return head, tail
@@ -252,7 +261,7 @@ class ExecuteRequestCodec:
             end,
             max_bytes,
             hidden=2,
-            tensors_={3: "expert_ids", 4: "expert_weights"},
+            tensors_={3: "expert_ids", 4: "expert_weights", 9: "hidden_states_scale"},
             integers=(1, 5),
             texts=(8,),
         )
@@ -263,6 +272,7 @@ class ExecuteRequestCodec:
             expert_weights=got.tensors.get(4, _NO_TENSOR),
             epoch=got.numbers.get(5, 0),
             request_id=got.texts.get(8, ""),
+            hidden_states_scale=got.tensors.get(9),
         )
         return Pending(message, got.hidden)
 
@@ -273,15 +283,25 @@ class ExecuteResponseCodec:
     def encode(self, message: ExecuteResponse, data_length: int) -> tuple[bytes, bytes]:
         """See Codec."""
         tail = wire.field_varint(4, message.queue_us) + wire.field_varint(5, message.compute_us)
+        tail += tensors.field(6, message.hidden_states_scale)
         return tensors.header(message.hidden_states, 1, data_length)[0], tail
 
     def decode(self, buffer: bytes, at: int, end: int, max_bytes: int) -> Pending[ExecuteResponse]:
         """See Codec."""
-        got = _Fields(buffer, at, end, max_bytes, hidden=1, tensors_={}, integers=(4, 5))
+        got = _Fields(
+            buffer,
+            at,
+            end,
+            max_bytes,
+            hidden=1,
+            tensors_={6: "hidden_states_scale"},
+            integers=(4, 5),
+        )
         message = ExecuteResponse(
             hidden_states=_NO_TENSOR,
             queue_us=got.numbers.get(4, 0),
             compute_us=got.numbers.get(5, 0),
+            hidden_states_scale=got.tensors.get(6),
         )
         return Pending(message, got.hidden)
 

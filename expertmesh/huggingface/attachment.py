@@ -99,6 +99,7 @@ def attach(
     address: str,
     gate: Literal["cluster", "model"] = "cluster",
     timeout: float = 30.0,
+    wire_dtype: torch.dtype | str | None = None,
 ) -> Attachment:
     """Runs every feed-forward layer of a loaded model in the cluster at `address`.
 
@@ -106,7 +107,8 @@ def attach(
     the model's own gates choose and weigh the experts, the cluster computes them. Dense layers and
     shared experts run in the cluster either way. The model's own copies are freed. It generates as
     before, and does not train: `backward` raises. It has to be the model that the cluster serves:
-    sizes are compared, weights are not.
+    sizes are compared, weights are not. `wire_dtype` lets hidden states travel narrower, see
+    `expertmesh.connect`.
 
     Raises ConfigError or MismatchError, leaving the model as it was, when it is of a family that
     is not served, differs from what the cluster serves or is attached already, and
@@ -120,7 +122,7 @@ def attach(
     before = getattr(model, "expertmesh", None)
     if isinstance(before, Attachment) and not before.closed:
         raise ConfigError("the model is attached already: close model.expertmesh first")
-    attachment = open_attachment(model.config, address, gate, timeout)
+    attachment = open_attachment(model.config, address, gate, timeout, wire_dtype)
     try:
         install(model, attachment)
     except BaseException:
@@ -130,10 +132,14 @@ def attach(
 
 
 def open_attachment(
-    config: Any, address: str, gate: Literal["cluster", "model"], timeout: float
+    config: Any,
+    address: str,
+    gate: Literal["cluster", "model"],
+    timeout: float,
+    wire_dtype: torch.dtype | str | None = None,
 ) -> Attachment:
     """Connects to a cluster that serves the model of this transformers configuration."""
-    mesh = connect(address, timeout=timeout)
+    mesh = connect(address, timeout=timeout, wire_dtype=wire_dtype)
     try:
         check_model(config, mesh.describe(), gate)
     except BaseException:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -47,6 +48,7 @@ def load_without_experts(
     address: str,
     gate: Literal["cluster", "model"] = "cluster",
     timeout: float = 30.0,
+    wire_dtype: torch.dtype | str | None = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """The causal language model at `path`, attached to the cluster at `address`.
@@ -70,7 +72,7 @@ def load_without_experts(
             "gate='model' cannot leave out the experts of a quantised checkpoint: use "
             "gate='cluster', or load the model and attach it"
         )
-    attachment = open_attachment(config, address, gate, timeout)
+    attachment = open_attachment(config, address, gate, timeout, wire_dtype)
     try:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with _loading, _feed_forward_left_out(model_class, gate):

@@ -53,7 +53,7 @@ class Layer(_message.Message):
     def __init__(self, index: _Optional[int] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., has_shared_expert: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "non_finite_policy", "include_shared", "want_detail", "request_id")
+    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "non_finite_policy", "include_shared", "want_detail", "request_id", "hidden_states_scale")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class ForwardRequest(_message.Message):
     INCLUDE_SHARED_FIELD_NUMBER: _ClassVar[int]
     WANT_DETAIL_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_SCALE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     hidden_states: _tensor_pb2.Tensor
     expert_ids: _tensor_pb2.Tensor
@@ -70,23 +71,26 @@ class ForwardRequest(_message.Message):
     include_shared: bool
     want_detail: bool
     request_id: str
-    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., non_finite_policy: _Optional[_Union[_tensor_pb2.NonFinitePolicy, str]] = ..., include_shared: bool = ..., want_detail: bool = ..., request_id: _Optional[str] = ...) -> None: ...
+    hidden_states_scale: _tensor_pb2.Tensor
+    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., non_finite_policy: _Optional[_Union[_tensor_pb2.NonFinitePolicy, str]] = ..., include_shared: bool = ..., want_detail: bool = ..., request_id: _Optional[str] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("hidden_states", "expert_ids", "expert_weights", "bias_version", "epoch", "retried_pairs")
+    __slots__ = ("hidden_states", "expert_ids", "expert_weights", "bias_version", "epoch", "retried_pairs", "hidden_states_scale")
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     BIAS_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RETRIED_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_SCALE_FIELD_NUMBER: _ClassVar[int]
     hidden_states: _tensor_pb2.Tensor
     expert_ids: _tensor_pb2.Tensor
     expert_weights: _tensor_pb2.Tensor
     bias_version: int
     epoch: int
     retried_pairs: int
-    def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., retried_pairs: _Optional[int] = ...) -> None: ...
+    hidden_states_scale: _tensor_pb2.Tensor
+    def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardStreamRequest(_message.Message):
     __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent", "blocks")

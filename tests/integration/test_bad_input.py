@@ -186,6 +186,7 @@ def ids_of(*experts: int) -> torch.Tensor:
 
 
 IDS, WEIGHTS = ids_of(0, 9, 15), torch.full((3, 3), 0.5)
+FP8_ROWS, ONES = rows(3).to(torch.float8_e4m3fn), torch.ones(3)
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class Bad:
     layer: int = MOE
     ids: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
     by_client: bool = True  # whether our own client would send it so
 
     def body(self) -> router_pb2.ForwardRequest:
@@ -207,6 +209,8 @@ class Bad:
             request.expert_ids.CopyFrom(proto(self.ids))
         if self.weights is not None:
             request.expert_weights.CopyFrom(proto(self.weights))
+        if self.scale is not None:
+            request.hidden_states_scale.CopyFrom(proto(self.scale))
         return request
 
 
@@ -215,11 +219,34 @@ REFUSED: dict[str, Bad] = {
     "wrong-dtype": Bad(
         InvalidRequestError, "hidden_states.data_type", "convert them", rows(3).to(torch.int32)
     ),
-    "wrong-dtype-fp8": Bad(
+    "fp8-without-scales": Bad(
         InvalidRequestError,
-        "hidden_states.data_type",
-        "expected float32, float16 or bfloat16",
-        rows(3).to(torch.float8_e4m3fn),
+        "hidden_states_scale",
+        "send a float32 scale for each row, or convert to float32, float16 or bfloat16",
+        FP8_ROWS,
+    ),
+    "scales-without-fp8": Bad(
+        InvalidRequestError, "hidden_states_scale", "leave them out", scale=ONES, by_client=False
+    ),
+    "scales-of-another-length": Bad(
+        InvalidRequestError, "hidden_states_scale.shape", "expected [3]", FP8_ROWS, scale=ONES[:2],
+        by_client=False,
+    ),
+    "scales-not-float32": Bad(
+        InvalidRequestError, "hidden_states_scale.data_type", "expected float32", FP8_ROWS,
+        scale=ONES.half(), by_client=False,
+    ),
+    "scale-zero": Bad(
+        InvalidRequestError, "hidden_states_scale", "row 1, expected above 0", FP8_ROWS,
+        scale=put(ONES, (1,), 0.0), by_client=False,
+    ),
+    "scale-nan": Bad(
+        InvalidRequestError, "hidden_states_scale", "nan in row 2", FP8_ROWS,
+        scale=put(ONES, (2,), NAN), by_client=False,
+    ),
+    "nan-in-fp8": Bad(
+        NonFiniteError, "hidden_states", "row 1, column 5",
+        put(rows(3), (1, 5), NAN).to(torch.float8_e4m3fn), scale=ONES, by_client=False,
     ),
     "wrong-rank": Bad(
         InvalidRequestError,

@@ -42,6 +42,7 @@ ONLY_IN = {
 }
 
 PURE = (
+    "expertmesh/codec/narrow.py",
     "expertmesh/dispatch.py",
     "expertmesh/gating.py",
     "expertmesh/model.py",

@@ -73,6 +73,7 @@ def as_proto(tensor: torch.Tensor, length: int | None = None) -> tensor_pb2.Tens
 
 IDS = torch.tensor([[0, 5], [300, -1], [2, 7]], dtype=torch.int32)
 WEIGHTS = drawn(3, 2)
+FP8, SCALE = drawn(3, 8, dtype=torch.float8_e4m3fn), torch.tensor([0.5, 1.0, 2.0**119])
 
 #: (codec, ours, generated)
 PAIRS: dict[str, tuple[Any, Any, Any]] = {
@@ -132,6 +133,51 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
         FORWARD_RESPONSE,
         ForwardResponse(hidden_states=drawn(1, 4)),
         router_pb2.ForwardResponse(hidden_states=as_proto(drawn(1, 4))),
+    ),
+    "forward request in FP8": (
+        FORWARD_REQUEST,
+        ForwardRequest(
+            layer=1, hidden_states=FP8, request_id="before the scale", hidden_states_scale=SCALE
+        ),
+        router_pb2.ForwardRequest(
+            layer=1,
+            hidden_states=as_proto(FP8),
+            request_id="before the scale",
+            hidden_states_scale=as_proto(SCALE),
+        ),
+    ),
+    "forward response in FP8": (
+        FORWARD_RESPONSE,
+        ForwardResponse(hidden_states=FP8, retried_pairs=1, hidden_states_scale=SCALE),
+        router_pb2.ForwardResponse(
+            hidden_states=as_proto(FP8), retried_pairs=1, hidden_states_scale=as_proto(SCALE)
+        ),
+    ),
+    "execute request in FP8": (
+        EXECUTE_REQUEST,
+        ExecuteRequest(
+            layer=3,
+            hidden_states=FP8,
+            expert_ids=IDS,
+            expert_weights=WEIGHTS,
+            request_id="r",
+            hidden_states_scale=SCALE,
+        ),
+        expert_pb2.ExecuteRequest(
+            layer=3,
+            hidden_states=as_proto(FP8),
+            expert_ids=as_proto(IDS),
+            expert_weights=as_proto(WEIGHTS),
+            request_id="r",
+            hidden_states_scale=as_proto(SCALE),
+        ),
+    ),
+    "execute response in FP8": (
+        EXECUTE_RESPONSE,
+        ExecuteResponse(hidden_states=FP8, compute_us=9, hidden_states_scale=SCALE),
+        expert_pb2.ExecuteResponse(
+            hidden_states=as_proto(FP8), compute_us=9, hidden_states_scale=as_proto(SCALE)
+        ),
     ),
     "execute request": (
         EXECUTE_REQUEST,

@@ -1,0 +1,43 @@
+"""A server that sends every tensor back over our own streams.
+
+python benchmarks/stream_echo.py                    # prints LISTENING host:port
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import uvloop
+
+from expertmesh.codec.messages import (
+    EXECUTE_REQUEST,
+    EXECUTE_RESPONSE,
+    ExecuteRequest,
+    ExecuteResponse,
+)
+from expertmesh.config import RpcConfig
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.server import GrpcServer, stream_tensor
+from expertmesh.rpc.session import Admission, FrameProtocol
+
+SERVICE = "echo.TensorEcho"
+
+
+async def _echo(request: ExecuteRequest, _: Deadline) -> ExecuteResponse:
+    return ExecuteResponse(hidden_states=request.hidden_states)
+
+
+async def _serve() -> None:
+    config = RpcConfig(host="127.0.0.1")
+    admission = Admission(config)
+    protocol = FrameProtocol(EXECUTE_REQUEST, EXECUTE_RESPONSE, _echo, admission)
+    server = GrpcServer(config, admission)
+    server.add(SERVICE, {"Stream": stream_tensor(protocol)})
+    # No reflection of a service that has no .proto: bind and listen, no more.
+    await server.start()
+    print(f"LISTENING 127.0.0.1:{server.port}", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(_serve())

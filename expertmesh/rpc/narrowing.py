@@ -1,0 +1,72 @@
+"""Hidden states narrowed and widened at both ends of a call, never long on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import torch
+
+from expertmesh.codec import narrow
+from expertmesh.errors import InternalError, InvalidRequestError
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.server import Handler
+
+_T = TypeVar("_T")
+_INLINE_ELEMENTS = 1 << 17  # some 0.2 ms: up to this a thread hop costs more than the work
+
+
+async def off_loop(size: int, function: Callable[..., _T], *arguments: Any) -> _T:
+    """Runs work on that many elements: on a thread, unless it is short."""
+    if size <= _INLINE_ELEMENTS:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)
+
+
+async def ask_narrow(
+    request: Any, dtype: torch.dtype, who: str, ask: Callable[[], Awaitable[Any]]
+) -> Any:
+    """The answer to `request`, both of them narrowed to `dtype` on their way.
+
+    The answer's hidden states come out in the type that the request's had. `ask` sends the request;
+    `who` answers it. Raises what `ask` raises, and InternalError for an answer that cannot be.
+    """
+    hidden = request.hidden_states
+    size = hidden.numel()
+    request.hidden_states, request.hidden_states_scale = await off_loop(
+        size, narrow.narrowed, hidden, dtype
+    )
+    response = await ask()
+    answer, scale = response.hidden_states, response.hidden_states_scale
+    try:
+        narrow.check(answer, scale)
+    except InvalidRequestError as error:
+        raise InternalError(f"{who} gave an answer that cannot be: {error.message}") from None
+    response.hidden_states = await off_loop(size, narrow.widened, answer, scale, hidden.dtype)
+    return response
+
+
+def widening(handle: Handler) -> Handler:
+    """`handle` for requests in FP8 as well: it is given bfloat16, and its answer goes out in FP8.
+
+    An answer has the type of its request, whatever else is in its batch. Raises InvalidRequestError
+    for scales that do not fit.
+    """
+
+    async def call(request: Any, deadline: Deadline) -> Any:
+        hidden, scale = request.hidden_states, request.hidden_states_scale
+        if hidden.dtype != narrow.FP8 and scale is None:
+            return await handle(request, deadline)
+        narrow.check(hidden, scale)
+        size = hidden.numel()
+        request.hidden_states = await off_loop(size, narrow.widened, hidden, scale, torch.bfloat16)
+        request.hidden_states_scale = None
+        request.room = None  # what was lent has the size of FP8
+        response = await handle(request, deadline)
+        response.hidden_states, response.hidden_states_scale = await off_loop(
+            size, narrow.narrowed, response.hidden_states, narrow.FP8
+        )
+        return response
+
+    return call
