@@ -145,7 +145,7 @@ def _run_routers(folder: Path, arguments: argparse.Namespace) -> Report:
     for count in _ROUTERS:
         with ExitStack() as stack:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            addresses = stack.enter_context(cluster(folder, place, _SHARDS, "noop", count))
+            addresses = stack.enter_context(cluster(folder, place, _SHARDS, "noop", routers=count))
             run = _routers(report, addresses, count, arguments.rounds, arguments.requests)
             uvloop.run(run)
     return report
