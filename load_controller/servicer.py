@@ -169,7 +169,8 @@ class ControlServicer:
             moves[move.action].append(Copy(move.server_id, Slot(move.layer, move.expert)))
         # A task of its own: it goes on when the caller goes.
         rates = {each.server_id: each.rate for each in request.server_rates}
-        task = self._tasks.spawn(self._migrate(*moves.values(), rates), "migrate")
+        loads, drops = moves[pb.MOVE_ACTION_LOAD], moves[pb.MOVE_ACTION_DROP]
+        task = self._tasks.spawn(self._migrate(loads, drops, rates), "migrate")
         done = await asyncio.shield(task)
         if isinstance(done, MeshError):
             raise done
