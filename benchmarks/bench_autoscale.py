@@ -6,7 +6,7 @@ python benchmarks/bench_autoscale.py [--hardware 2core-epyc] [--plot docs/images
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from machine import facts
 from expertmesh.config import AutoscaleConfig
 from load_controller.simulator import Control, FleetSpec, Trace, simulate, smallest_static
 from load_controller.simulator import Report as Simulated
-from load_controller.simulator.generators import make_trace
+from load_controller.simulator.generators import make_trace, parameters_of
 from load_controller.simulator.queues import Delays, Service, Waiting, next_backlog, within
 
 _SPEC = FleetSpec()
@@ -47,7 +47,8 @@ and p99 are of the wait of a request for the slowest of its 8 parts in one layer
   278 nodes held all day.
 
 The target is the default, 0.45, which keeps room for twice the load while servers start, and one
-higher. "saved" is against the fixed size, and negative where that one is cheaper. `error` is
+higher; `peak` is `peak_utilization`, of a cluster that has seen one day before, of another seed.
+"saved" is against the fixed size, and negative where that one is cheaper. `error` is
 the largest relative error of the queue model's p99 beside M/M/1 theory at utilisations of
 {", ".join(map(str, _THEORY))}: no case is shown when it is above 10 %.
 
@@ -63,6 +64,11 @@ class Case:
     trace: str
     target: float
     drawn: bool = False
+    peak: float | None = None  # `peak_utilization`; the day before is another seed's
+
+    def __str__(self) -> str:
+        peak = "" if self.peak is None else f", peak {self.peak}"
+        return f"{self.name}, target {self.target}{peak}"
 
 
 CASES = (
@@ -71,6 +77,35 @@ CASES = (
     Case("day within peak", "day:within_peak=1", 0.45, drawn=True),
     Case("deepseek", "deepseek", 0.75),
 )
+#: Settings are chosen on other seeds than those: `--seeds` shows what they are worth on new days.
+SEEDED = (
+    Case("day", "day:seed={seed}", 0.45),
+    Case("day within peak", "day:within_peak=1,seed={seed}", 0.45),
+    Case("day within peak", "day:within_peak=1,seed={seed}", 0.35, peak=0.45),
+)
+_DAY_BEFORE = 1000  # added to a seed
+
+
+def cases_of(seeds: list[int], quick: bool) -> list[Case]:
+    """The cases of the page; those of other seeds; or one short one, to see that it runs."""
+    if quick:
+        return [Case("three hours", "day:hours=3,bursts=3,peak=4e5,layers=1", 0.45)]
+    return [
+        replace(case, name=f"{case.name}, seed {seed}", trace=case.trace.format(seed=seed))
+        for seed in seeds
+        for case in SEEDED
+    ] or list(CASES)
+
+
+def known_work(case: Case) -> tuple[tuple[float, float], ...]:
+    """The most work of each hour of the day before, where the case's settings ask for it."""
+    if case.peak is None:
+        return ()
+    name, _, rest = case.trace.partition(":")
+    seed = parameters_of(rest).seed + _DAY_BEFORE
+    work = make_trace(f"{name}:{rest},seed={seed}").tokens_per_s / _SPEC.tokens_per_s
+    hours = np.array_split(work, 24)
+    return tuple((-86_400.0 + 3600.0 * hour, float(part.max())) for hour, part in enumerate(hours))
 
 
 def theory(report: Report, case: str) -> None:
@@ -96,17 +131,24 @@ def measure(
     """Simulates one case, and adds its row: autoscaled, and the fixed size that is as good."""
     most = ceil(2.5 * trace.tokens_per_s.max() / _SPEC.tokens_per_s)
     config = AutoscaleConfig(
-        max_replicas=2 * most, max_redundant=_REDUNDANT, target_utilization=case.target
+        max_replicas=2 * most,
+        max_redundant=_REDUNDANT,
+        target_utilization=case.target,
+        peak_utilization=case.peak,
     )
     first = ceil(trace.tokens_per_s[0] / _SPEC.tokens_per_s / case.target)
     least = ceil(trace.experts / _SPEC.slots)
     fixed = Control(servers=least, redundant=_REDUNDANT, plan_every_s=7200)
     scaled = Control(
-        servers=max(first, least), redundant=_REDUNDANT, plan_every_s=7200, autoscale=config
+        servers=max(first, least),
+        redundant=_REDUNDANT,
+        plan_every_s=7200,
+        autoscale=config,
+        known_work=known_work(case),
     )
     auto = simulate(trace, _SPEC, scaled)
     static = smallest_static(trace, _SPEC, fixed, auto.delay_p99_s, most, known=known)
-    name = f"{case.name}, target {case.target}"
+    name = str(case)
     theory(report, name)
     low, mean, high = auto.servers
     report.add(
@@ -163,21 +205,25 @@ def main() -> None:
     parser.add_argument("--hardware", default="", help="name for the result files")
     parser.add_argument("--json", type=Path, help="write the JSON here as well")
     parser.add_argument("--plot", type=Path, help="draw the days here")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[], help="days of other seeds")
+    parser.add_argument("--quick", action="store_true", help="three hours: does it run at all?")
     arguments = parser.parse_args()
+    seeds = " ".join(map(str, arguments.seeds))
     report = Report(
-        "autoscale",
+        "autoscale-quick" if arguments.quick else "autoscale-seeds" if seeds else "autoscale",
         "Server-hours of an autoscaled day, simulated",
-        "python benchmarks/bench_autoscale.py --plot docs/images/autoscale.png",
+        "python benchmarks/bench_autoscale.py "
+        + (f"--seeds {seeds}" if seeds else "--plot docs/images/autoscale.png"),
         _SAYS,
         facts(),
     )
     known: dict[str, dict[int, Simulated]] = {}
     drawn: dict[str, tuple[Simulated, Simulated]] = {}
-    for case in CASES:
+    for case in cases_of(arguments.seeds, arguments.quick):
         trace = make_trace(case.trace)
         pair = measure(report, case, trace, known.setdefault(case.trace, {}))
         if case.drawn:
-            drawn[f"{case.name}, target {case.target}"] = pair
+            drawn[str(case)] = pair
         # After every case: a run takes long, and what is done need not be done again.
         if arguments.hardware:
             report.write(arguments.hardware)

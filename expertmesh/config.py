@@ -216,6 +216,9 @@ class AutoscaleConfig:
     target_ongoing_requests: float = 2.0  # waiting or computing at one server, mean (Ray Serve's 2)
     target_utilization: float = 0.45  # work offered / capacity, mean: twice the load still fits
     # while new servers start
+    peak_utilization: float | None = None  # no more servers than this of each would be kept busy by
+    # the most work of the last `peak_period_s`; None: twice the load fits, however high it is
+    peak_period_s: float = 86_400.0  # a day: until so long is known, `peak_utilization` waits
     target_queue_delay_s: float = 0.1  # p99 of the wait for a device; above, servers are added
     look_back_period_s: float = 10.0  # what decides is the mean over this long
     upscale_delay_s: float = 0.0  # more must be wanted for this long: a late server is a queue,
@@ -248,7 +251,8 @@ class AutoscaleConfig:
         _require(self.initial_replicas is None or self.initial_replicas <= self.max_replicas,
                  "autoscale.initial_replicas", self.initial_replicas,
                  f"<= max_replicas = {self.max_replicas}")  # fmt: skip
-        for name in ("target_ongoing_requests", "target_queue_delay_s", "look_back_period_s"):
+        for name in ("target_ongoing_requests", "target_queue_delay_s", "look_back_period_s",
+                     "peak_period_s"):  # fmt: skip
             value = getattr(self, name)
             _require(0 < value < math.inf, f"autoscale.{name}", value, "a number > 0")
         for name in ("upscale_delay_s", "downscale_delay_s"):
@@ -257,6 +261,11 @@ class AutoscaleConfig:
         for name in ("target_utilization", "upscaling_factor", "downscaling_factor"):
             value = getattr(self, name)
             _require(0 < value <= 1, f"autoscale.{name}", value, "within (0, 1]")
+        _require(
+            self.peak_utilization is None or self.target_utilization <= self.peak_utilization < 1,
+            "autoscale.peak_utilization", self.peak_utilization,
+            f"within [target_utilization = {self.target_utilization}, 1) or None",
+        )  # fmt: skip
         _require(0 <= self.tolerance < 1, "autoscale.tolerance", self.tolerance, "within [0, 1)")
         _require(0 <= self.quiet_utilization < self.target_utilization,
                  "autoscale.quiet_utilization", self.quiet_utilization,

@@ -15,6 +15,13 @@ a queue is heard only once the answer to the work is in place, and at most doubl
 shrinks, before servers that have room, is draining: more servers would come too late for it, but
 none goes while it is there.
 
+With `peak_utilization`, and once a whole `peak_period_s` has been seen, `by work` is at most
+
+    max(most work of the last period, work now) / peak_utilization
+
+since room for twice the load is room that nothing has needed where the load is at its highest. A
+load that was never seen is still answered, with the room that `peak_utilization` leaves.
+
 More than there are must be wanted for `upscale_delay_s`, fewer for `downscale_delay_s` without a
 break, and then as many go as the *largest* number wanted in that time allows. A wanted number
 within `tolerance` of what is there changes nothing.
@@ -44,6 +51,8 @@ __all__ = ["Context", "Decision", "Sample", "State", "decide", "least_servers"]
 
 #: By how much a queue alone may multiply the servers in one step.
 QUEUE_BOOST = 2.0
+#: A period's peaks are kept by parts of it: one that is past goes as a whole.
+PEAK_PARTS = 24
 #: After a silence of so many look-backs, what was seen before it no longer counts.
 STALE_LOOK_BACKS = 3.0
 
@@ -98,7 +107,7 @@ def decide(
     elif not 0 < context.now_s - state.at_s <= STALE_LOOK_BACKS * config.look_back_period_s:
         # The clock jumped, or nobody decided for long: no delay has been sat out.
         state = replace(_wait(state), samples=(), quiet_since_s=None)
-    state = _see(state, context, config)
+    state = _note_peak(_see(state, context, config), config)
     bounded = min(max(state.replicas, least), config.max_replicas)
     if bounded != state.replicas:
         reason = f"between {least} and {config.max_replicas} servers are allowed"
@@ -125,16 +134,42 @@ def _see(state: State, context: Context, config: AutoscaleConfig) -> State:
     return replace(state, at_s=now, samples=(*kept, seen))
 
 
+def _note_peak(state: State, config: AutoscaleConfig) -> State:
+    """The state with the work of now among the period's peaks."""
+    work, now = state.mean(lambda seen: seen.work), state.at_s
+    if work is None:
+        return state
+    part_s = config.peak_period_s / PEAK_PARTS
+    # A clock that was put back: what it had said to come is not known.
+    peaks = [p for p in state.peaks if now - config.peak_period_s - part_s < p[0] <= now]
+    if peaks and now - peaks[-1][0] < part_s:
+        peaks[-1] = (peaks[-1][0], max(peaks[-1][1], work))
+    else:
+        peaks.append((now, work))
+    return replace(state, peaks=tuple(peaks))
+
+
+def _by_work(work: float, running: int, state: State, config: AutoscaleConfig) -> tuple[float, str]:
+    """How many servers the work asks for, and in words."""
+    wanted, each = work / config.target_utilization, config.target_utilization
+    oldest = state.peaks[0][0] if state.peaks else state.at_s
+    known_s = state.at_s - oldest + config.peak_period_s / PEAK_PARTS
+    if config.peak_utilization is not None and known_s >= config.peak_period_s:
+        peak = max(most for _, most in state.peaks)
+        if peak / config.peak_utilization < wanted:
+            return peak / config.peak_utilization, (
+                f"{peak:.2f} servers' worth of work at most in a period, "
+                f"{config.peak_utilization} of each wanted then"
+            )
+    return wanted, f"{work:.2f} servers' worth of work at {running}, {each} of each wanted"
+
+
 def _wanted(state: State, context: Context, config: AutoscaleConfig) -> tuple[float | None, str]:
     """How many servers the look-back asks for, not rounded; None where that is not known."""
     running, work = context.running, state.mean(lambda seen: seen.work)
     wanted, why = None, "no server has reported its load"
     if work is not None:
-        wanted = work / config.target_utilization
-        why = (
-            f"{work:.2f} servers' worth of work at {running}, {config.target_utilization} of each "
-            "wanted"
-        )
+        wanted, why = _by_work(work, running, state, config)
     ratio, what = _queue(state, config)
     if ratio > 0 and (wanted is None or wanted <= running):
         by_queue = _by_queue(work, running, ratio)

@@ -53,6 +53,7 @@ class State:
     above_since_s: float | None = None  # since when more are wanted
     below_since_s: float | None = None  # since when fewer are wanted
     falling: tuple[tuple[float, int], ...] = ()  # when how many were wanted since then
+    peaks: tuple[tuple[float, float], ...] = ()  # from when on, the most work in a part of a period
     quiet: bool = False  # copies are not needed
     quiet_since_s: float | None = None  # since when `quiet` should be the other
 
@@ -77,9 +78,12 @@ class State:
             if unknown := raw.keys() - {field.name for field in fields(cls)}:
                 raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
             falling = tuple((at_s, wanted) for at_s, wanted in raw.pop("falling"))
-            state = cls(samples=samples, falling=falling, **raw)
+            peaks = tuple((float(at_s), float(work)) for at_s, work in raw.pop("peaks", ()))
+            state = cls(samples=samples, falling=falling, peaks=peaks, **raw)
             if not all(_is_count(n) for n in (state.replicas, *(n for _, n in falling))):
                 raise ValueError("the servers are not a number")
+            if not all(isfinite(number) for peak in peaks for number in peak):
+                raise ValueError("a peak is not a number")
             times = (state.above_since_s, state.below_since_s, state.quiet_since_s)
             for time in (state.at_s, *(t for t in times if t is not None)):
                 if not isfinite(time):

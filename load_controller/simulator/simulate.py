@@ -38,6 +38,7 @@ class Control:
     servers: int  # at the start, and throughout without `autoscale`
     redundant: int = 32  # slots of a layer beyond one an expert; `autoscale` decides it otherwise
     autoscale: AutoscaleConfig | None = None
+    known_work: tuple[tuple[float, float], ...] = ()  # peaks of the time before, as in State.peaks
     decide_every_s: float = 10.0
     plan_every_s: float = 600.0  # and whenever servers come or go (DeepSeek-V3: 10 minutes)
     half_life_s: float = 120.0  # of the forecast
@@ -97,6 +98,10 @@ class _Run:
         self._redundant = control.redundant
         self._forecast: Forecast | None = None
         self._state: State | None = None
+        if control.known_work:
+            self._state = State(
+                replicas=control.servers, at_s=0.0, reason="", peaks=control.known_work
+            )
         self._counts = np.zeros((trace.layers, trace.experts))
         self._planned_at_s = -np.inf
         self._divided_at_s = -1.0  # when `_loads` were right

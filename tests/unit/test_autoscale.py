@@ -396,6 +396,7 @@ _STATE = {"replicas": 3, "at_s": 0, "reason": "", "samples": [], "falling": []}
         json.dumps(_STATE | {"at_s": "noon"}),
         json.dumps(_STATE | {"samples": [{}]}),
         json.dumps(_STATE | {"falling": [1]}),
+        json.dumps(_STATE | {"peaks": [[1, "x"]]}),
         json.dumps(_STATE | {"new": 1}),
     ],
 )
@@ -410,6 +411,70 @@ def test_the_state_does_not_grow() -> None:
 
     assert cluster.state is not None
     assert len(cluster.state.samples) <= 1 + CONFIG.look_back_period_s / _EVERY_S
+
+
+# Room for no more than the period's peak.
+
+PEAK = replace(
+    CONFIG, upscale_delay_s=0.0, downscale_delay_s=0.0, peak_utilization=0.8, peak_period_s=3600.0
+)
+_HOUR = int(3600 / _EVERY_S)
+
+
+def test_at_the_periods_peak_there_is_no_room_for_twice_the_load() -> None:
+    cluster = Cluster(running=32, config=PEAK)
+
+    cluster.offer([16.0] * 40 + [4.0] * (_HOUR - 40))
+    sizes = cluster.offer([8.0] * 10 + [16.0] * 10)
+
+    assert sizes[9] == 16, "twice 8 is no more than was there in the last hour"
+    assert sizes[-1] == 20, "16 / 0.8, and not 16 / 0.5"
+
+
+def test_until_a_whole_period_is_known_there_is_room_for_twice_the_load() -> None:
+    cluster = Cluster(running=8, config=PEAK)
+
+    sizes = cluster.offer([16.0] * (_HOUR // 2))
+
+    assert sizes[-1] == 32
+
+
+def test_a_load_that_was_never_seen_is_answered_with_the_room_of_a_peak() -> None:
+    cluster = Cluster(running=8, config=PEAK)
+    cluster.offer([4.0] * (_HOUR + 10))
+
+    sizes = cluster.offer([24.0] * 10)
+
+    assert sizes[-1] == 30
+
+
+def test_a_peak_is_forgotten_once_it_is_older_than_a_period() -> None:
+    cluster = Cluster(running=32, config=PEAK)
+
+    cluster.offer([16.0] * 40 + [8.0] * (_HOUR + 100))
+
+    assert cluster.running == 10, "8 / 0.8: for an hour nothing has needed more"
+    assert cluster.state is not None
+    assert len(cluster.state.peaks) <= 26
+
+
+def test_what_a_clock_that_was_put_back_had_said_to_come_is_not_known() -> None:
+    cluster = Cluster(running=32, config=PEAK, now_s=10_000.0)
+    cluster.offer([16.0] * (_HOUR + 10))
+    cluster.now_s = 0.0
+
+    sizes = cluster.offer([16.0] * 10)
+
+    assert sizes[-1] == 32
+
+
+def test_peaks_survive_a_restart() -> None:
+    cluster = Cluster(running=32, config=PEAK)
+    cluster.offer([16.0] * (_HOUR + 10))
+
+    assert cluster.state is not None
+    assert cluster.state.peaks
+    assert State.from_json(cluster.state.to_json()) == cluster.state
 
 
 # Redundant slots.

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.harness import (
+    Interval,
     Report,
     Spread,
     WrongOutputError,
@@ -76,7 +77,7 @@ def test_relative_error_is_of_the_whole_and_of_the_worst_row() -> None:
     assert relative_error(actual, expected) == pytest.approx((0.5 / 13, 0.1))
 
 
-def test_variants_take_turns_after_the_warm_up() -> None:
+def test_variants_take_turns_to_be_first_after_the_warm_up() -> None:
     calls: list[tuple[str, int]] = []
 
     seconds = interleave(
@@ -85,8 +86,20 @@ def test_variants_take_turns_after_the_warm_up() -> None:
         warmup=1,
     )
 
-    assert calls == [("A", -1), ("B", -1), ("A", 0), ("B", 0), ("A", 1), ("B", 1)]
+    assert calls == [("B", -1), ("A", -1), ("A", 0), ("B", 0), ("B", 1), ("A", 1)]
     assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_a_median_lies_in_its_interval_nineteen_times_of_twenty() -> None:
+    draws = torch.Generator().manual_seed(0)
+    found = [Interval.of(torch.randn(25, generator=draws).tolist()) for _ in range(1000)]
+
+    held = sum(each.low <= 0.0 <= each.high for each in found)
+
+    assert 945 <= held <= 975, "95.7 % of samples of 25"
+    assert Interval.of([3, 1, 2, 6, 5, 4]) == Interval(1, 3.5, 6)
+    with pytest.raises(ValueError, match="at least 6"):
+        Interval.of([1.0] * 5)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
