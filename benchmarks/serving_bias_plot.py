@@ -38,8 +38,12 @@ def draw_trade_off(path: Path, rows: Sequence[Mapping[str, object]], mix: str) -
                 yerr=[[y.median - y.min], [y.max - y.median]],
                 color=_COLOURS[case.split()[0]],
             )  # fmt: skip
-            panel.annotate(case, (x.median, y.median), xytext=(4, 4), fontsize=8,
-                           textcoords="offset points", rotation=40)  # fmt: skip
+            # Clamps are named to the left of the curve, ceilings to the right: neighbours overlap.
+            clamp = case.startswith("max_delta")
+            place = {"xytext": (-6, -3), "ha": "right", "va": "top"} if clamp else {
+                "xytext": (4, 4), "rotation": 40}  # fmt: skip
+            panel.annotate(case, (x.median, y.median), fontsize=8,
+                           textcoords="offset points", **place)  # fmt: skip
         panel.set(xlabel="MaxVio, mean over layers", ylabel=label)
         panel.margins(x=0.16, y=0.2)
         panel.spines[["top", "right"]].set_visible(False)

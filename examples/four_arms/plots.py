@@ -40,7 +40,8 @@ def draw_balance(path: Path, by_arm: Mapping[str, Sequence[Drawable]]) -> None:
         xscale="log", xlabel="MaxVio global, held out, mean over layers",
         ylabel="perplexity per held-out byte", title="One point a seed: lower left is better",
     )  # fmt: skip
-    panel[0].legend(fontsize=8, framealpha=0.9)
+    panel[0].legend(fontsize=8, framealpha=0.9, loc="upper center")
+    _plain(panel[0].xaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 4))
     _save(figure, path)
 
 
@@ -56,7 +57,9 @@ def draw_learning(path: Path, by_arm: Mapping[str, Sequence[Drawable]]) -> None:
             panels[1].plot(steps, [math.exp(nats) for nats in smoothed(run.nats)], **style)
     panels[0].set(yscale="log", xlabel="step", ylabel=f"MaxVio of a batch, mean of {SMOOTHED}")
     panels[1].set(yscale="log", xlabel="step", ylabel="perplexity per training byte")
-    panels[0].legend(fontsize=8, framealpha=0.9)
+    _plain(panels[0].yaxis, (0.2, 0.5, 1, 2, 4))
+    _plain(panels[1].yaxis, (3.5, 5, 10, 20, 40))
+    panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize=8, framealpha=0.9)
     _save(figure, path)
 
 
@@ -70,6 +73,12 @@ def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[0]
+
+
+def _plain(axis: Any, ticks: Sequence[float]) -> None:
+    """These ticks of a logarithmic axis, as plain numbers."""
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def _save(figure: Any, path: Path) -> None:
