@@ -123,6 +123,7 @@ class RouterActor(ServiceHost):
             controller=options.controller,
             host=options.host or ray.util.get_node_ip_address(),
             rpc=RpcConfig(port=port),
+            config=RouterConfig(shared_memory=SharedMemoryConfig.of(options.shared_memory)),
             metrics_port=options.metrics_port,
         )
 
