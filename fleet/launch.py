@@ -20,7 +20,7 @@ from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
-from expertmesh.config import BalanceConfig
+from expertmesh.config import BalanceConfig, SharedMemoryConfig
 from expertmesh.errors import ConfigError, DeadlineError, MeshError, UnavailableError
 from expertmesh.model import ModelSpec, Slot
 from expertmesh.placement import initial_parts
@@ -116,6 +116,7 @@ def launch(
     controller: str = "",
     cpus_per_server: float | None = None,
     metrics_port: int | None = None,
+    shared_memory: str = "off",
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -137,6 +138,7 @@ def launch(
     until Ray's autoscaler brings a node; otherwise they share out the nodes that are there.
     `metrics_port` is where `/metrics` is served: by servers with an `expert_slot` each on its own
     node, by several processes of one node on consecutive ports, as `metrics_ports` says.
+    With `shared_memory` "auto" routers share memory with the expert servers of their node.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
@@ -144,6 +146,7 @@ def launch(
     if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
         device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)
+    SharedMemoryConfig.of(shared_memory)  # refused before anything starts
     services = 0 if controller else routers + 1
     ports = metrics_ports(
         metrics_port,
@@ -167,7 +170,8 @@ def launch(
     try:
         request = fixed or _plan(parts, replicas, spec, run_dtype, device, services)
         if not controller:
-            _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services)
+            _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services,
+                            shared_memory)  # fmt: skip
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
@@ -232,7 +236,7 @@ def _nodes() -> list[Node]:
 
 def _start_services(
     cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig, port: int,
-    routers: int, host: str, metrics: Sequence[int | None],
+    routers: int, host: str, metrics: Sequence[int | None], shared_memory: str,
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
     node_id = ray.get_runtime_context().get_node_id()
@@ -255,6 +259,7 @@ def _start_services(
             host=host,
             port_file=str(cluster._folder / f"router-{index}.port"),
             metrics_port=metrics[1 + index],
+            shared_memory=shared_memory,
         )
         router = RouterActor.options(**options).remote(router_options)  # type: ignore[attr-defined]
         cluster.routers.append(router)

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cpus-per-server", type=float, help="ask Ray for these and an expert_slot each"
     )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics from this port on")
+    parser.add_argument(
+        "--shared-memory",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: routers share memory with expert servers of their node",
+    )
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
     parser.add_argument(
         "--set",
@@ -71,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             controller=arguments.controller,
             cpus_per_server=arguments.cpus_per_server,
             metrics_port=arguments.metrics_port,
+            shared_memory=arguments.shared_memory,
             progress=progress,
             command=NAME,
         )

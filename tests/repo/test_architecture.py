@@ -46,6 +46,8 @@ PURE = (
     "expertmesh/gating.py",
     "expertmesh/model.py",
     "expertmesh/placement.py",
+    "expertmesh/codec/references.py",
+    "expertmesh/rpc/blocks.py",
     "expertmesh/telemetry/metric.py",
     "load_controller/autoscale.py",
     "load_controller/autoscale_state.py",
