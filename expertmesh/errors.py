@@ -23,7 +23,7 @@ MeshError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import grpc
 
@@ -45,6 +45,10 @@ class MeshError(Exception):
         self.message = message
         self.field = field
         self.retry_after_s = retry_after_s
+
+    def again(self) -> Self:
+        """The same error, to be raised without what the first one's traceback holds alive."""
+        return type(self)(self.message, field=self.field, retry_after_s=self.retry_after_s)
 
 
 class InvalidRequestError(MeshError):

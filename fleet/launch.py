@@ -20,7 +20,7 @@ from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
-from expertmesh.config import AutoscaleConfig, BalanceConfig
+from expertmesh.config import AutoscaleConfig, BalanceConfig, SharedMemoryConfig
 from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
 from expertmesh.placement import initial_parts
@@ -142,6 +142,7 @@ def launch(
     cpus_per_server: float | None = None,
     metrics_port: int | None = None,
     autoscale: AutoscaleConfig | None = None,
+    shared_memory: str = "off",
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -167,7 +168,8 @@ def launch(
 
     With `autoscale` a supervisor adds and removes servers as the load asks for, beginning with
     `shards` x `replicas`; it needs `ray_address` and `cpus_per_server`. A server takes at most the
-    slots of one part. See docs/operations.md.
+    slots of one part. See docs/operations.md. With `shared_memory` "auto" routers share memory with
+    the expert servers of their node.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
@@ -177,6 +179,7 @@ def launch(
     balance = BalanceConfig.of(balance)
     if autoscale is not None:
         check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server)
+    SharedMemoryConfig.of(shared_memory)  # refused before anything starts
     services = 0 if controller else routers + 1
     ports = metrics_ports(
         metrics_port,
@@ -201,7 +204,8 @@ def launch(
     try:
         request = fixed or _plan(parts, replicas, spec, held_dtype, device, services)
         if not controller:
-            _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services)
+            _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services,
+                            shared_memory)  # fmt: skip
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
@@ -302,7 +306,7 @@ def _nodes() -> list[Node]:
 
 def _start_services(
     cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig, port: int,
-    routers: int, host: str, metrics: Sequence[int | None],
+    routers: int, host: str, metrics: Sequence[int | None], shared_memory: str,
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
     options = _beside_us()
@@ -320,6 +324,7 @@ def _start_services(
             host=host,
             port_file=str(cluster._folder / f"router-{index}.port"),
             metrics_port=metrics[1 + index],
+            shared_memory=shared_memory,
         )
         router = RouterActor.options(**options).remote(router_options)  # type: ignore[attr-defined]
         cluster.routers.append(router)

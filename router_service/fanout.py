@@ -290,6 +290,9 @@ class FanOut:
 
     def _take(self, ask: _Ask) -> Contribution:
         """The contribution of an answered part. Raises what the server answered."""
+        if isinstance(failure := ask.future.exception(), MeshError):
+            # Raised itself, it would hold the rows of the batch, and through its future itself.
+            raise failure.again()
         partial = ask.future.result().hidden_states
         if partial.shape != ask.shape:
             raise InternalError(

@@ -70,6 +70,18 @@ SERVER_INFLIGHT = Metric(
     ("server",),
 )
 
+SERVER_SHARED = Metric(
+    "expertmesh_router_server_shared_memory",
+    "gauge",
+    "1 while hidden states go to the server through shared memory",
+    ("server",),
+)
+SHARED_STREAMS = Metric(
+    "expertmesh_router_shared_streams",
+    "gauge",
+    "Open streams of clients that share memory with this router",
+)
+
 
 def read(router: Router, link: ControllerLink, admission: Admission) -> Iterator[Reading]:
     """Every number, now."""
@@ -90,6 +102,7 @@ def read(router: Router, link: ControllerLink, admission: Admission) -> Iterator
     yield READY.of(not router.missing())
     yield UNSERVED.of(router.experts_without_server())
     yield from _servers(router)
+    yield SHARED_STREAMS.of(admission.shared_streams)
 
 
 def _servers(router: Router) -> Iterator[Reading]:
@@ -100,3 +113,4 @@ def _servers(router: Router) -> Iterator[Reading]:
     for server_id, link in links:
         yield CONNECTED.of(link.connected, server_id)
         yield SERVER_INFLIGHT.of(link.in_flight, server_id)
+        yield SERVER_SHARED.of(link.transport == "shm", server_id)

@@ -188,6 +188,7 @@ class FrameSession:
             await self._run()
         finally:
             admission.shared_streams -= self._borrower is not None
+            self._borrower = None  # what still views the memory keeps it, and nothing else
 
     async def _run(self) -> None:
         streams = self._protocol.admission.streams

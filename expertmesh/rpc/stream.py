@@ -248,8 +248,7 @@ class FrameStream:
             self._settle(frame_id, self._lost())
 
     def _lost(self) -> MeshError:
-        error = self.broken.result()
-        return type(error)(error.message, field=error.field, retry_after_s=error.retry_after_s)
+        return self.broken.result().again()
 
 
 def _is_shared(message: frames.Start | frames.Chunk | frames.End) -> bool:

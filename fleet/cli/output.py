@@ -39,6 +39,7 @@ def server_json(server: router_pb2.ServerStatus) -> dict[str, Any]:
         "pid": server.pid,
         "node": server.node,
         "backend": server.backend,
+        "transport": server.transport,
         "error": server.error,
     }
 

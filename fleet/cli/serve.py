@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cpus-per-server", type=float, help="ask Ray for these and an expert_slot each"
     )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics from this port on")
+    parser.add_argument(
+        "--shared-memory",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: routers share memory with expert servers of their node",
+    )
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
     parser.add_argument(
         "--autoscale",
@@ -86,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if arguments.autoscale is None
                 else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
             ),
+            shared_memory=arguments.shared_memory,
             progress=progress,
             command=NAME,
         )

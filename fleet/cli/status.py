@@ -95,14 +95,14 @@ def _lines(
         f"answered    {seen.answered_requests} requests, {seen.retried_pairs} pairs sent again",
         "",
         f"{'server':<18} {'state':<9} {'slots':>6} {'loaded':>10}  {'backend':<14} "
-        f"{'pid':>7}  endpoint",
+        f"{'pid':>7}  {'by':<4} endpoint",
     ]
     for server in seen.servers:
         connected = server.state if server.connected else f"{server.state}*"
         lines.append(
             f"{server.server_id:<18} {connected:<9} {server.slots:>6} "
             f"{server.loaded_bytes / 1e6:>7.1f} MB  {server.backend:<14} {server.pid:>7}  "
-            f"{server.endpoint}"
+            f"{server.transport:<4} {server.endpoint}"
         )
         if server.error:
             lines.append(f"    {server.error}")

@@ -117,6 +117,8 @@ def test_a_router_at_rest_has_nothing_queued_and_knows_its_servers(router: Scrap
     for server in ("s0r0", "s1r0"):
         assert router.value("expertmesh_router_server_connected", server=server) == 1
         assert router.value("expertmesh_router_server_inflight_requests", server=server) == 0
+        assert router.value("expertmesh_router_server_shared_memory", server=server) == 0
+    assert router.value("expertmesh_router_shared_streams") == 0
 
 
 def test_expert_servers_say_what_they_computed(mesh: LocalMesh, experts: list[Scrape]) -> None:

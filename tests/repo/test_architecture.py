@@ -47,6 +47,8 @@ PURE = (
     "expertmesh/gating.py",
     "expertmesh/model.py",
     "expertmesh/placement.py",
+    "expertmesh/codec/references.py",
+    "expertmesh/rpc/blocks.py",
     "expertmesh/telemetry/metric.py",
     "expertmesh/training/losses.py",
     "load_controller/autoscale.py",
