@@ -19,6 +19,7 @@ from expertmesh.errors import InvalidRequestError, MeshError, from_wire
 CHUNK_BYTES = 1 << 20
 _MAX_RETRY_AFTER_S = 3600.0
 _FRAME_ID, _START, _CHUNK, _END, _TIMEOUT_US, _TRACEPARENT = 1, 2, 3, 4, 5, 6
+_TAKES_CREDIT = _CREDIT = 10  # of a request; of an answer
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Start:
     end: int
     timeout_us: int
     traceparent: str
+    takes_credit: bool = False
 
 
 @dataclass(slots=True)
@@ -50,8 +52,22 @@ class End:
     end: int
 
 
+@dataclass(slots=True)
+class Credit:
+    """FrameCredit from a server: what the stream may have in flight."""
+
+    frame_id: int
+    frames: int
+    bytes: int
+
+
 def encode(
-    codec: Codec[M], message: M, frame_id: int, timeout_us: int = 0, traceparent: str = ""
+    codec: Codec[M],
+    message: M,
+    frame_id: int,
+    timeout_us: int = 0,
+    traceparent: str = "",
+    takes_credit: bool = False,
 ) -> Iterator[bytes]:
     """The stream messages of one frame, in order: a start, then chunks while elements are left.
 
@@ -64,6 +80,7 @@ def encode(
     trailer = wire.field_varint(_TIMEOUT_US, timeout_us) + wire.field_text(
         _TRACEPARENT, traceparent
     )
+    trailer += wire.field_varint(_TAKES_CREDIT, takes_credit)
     prefix = wire.length_prefix(_START, len(head) + first + len(tail))
     start = (b"".join((identity, prefix, head, data[:first], tail, trailer)),)
     return chain(start, _chunks(identity, data)) if first < len(data) else iter(start)
@@ -81,6 +98,11 @@ def encode_cancel(frame_id: int) -> bytes:
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_END, b"")
 
 
+def encode_credit(frames: int, bytes_: int) -> bytes:
+    """The message that says what a stream may have in flight."""
+    return wire.field_bytes(_CREDIT, wire.field_varint(1, frames) + wire.field_varint(2, bytes_))
+
+
 def encode_error(frame_id: int, error: MeshError) -> bytes:
     """The message that says why a frame failed."""
     body = b"".join(
@@ -95,10 +117,10 @@ def encode_error(frame_id: int, error: MeshError) -> bytes:
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_END, body)
 
 
-def decode(buffer: bytes) -> Start | Chunk | End:
+def decode(buffer: bytes) -> Start | Chunk | End | Credit:
     """One stream message. Raises InvalidRequestError, nothing else."""
     frame_id = timeout_us = kind_seen = at = end = 0
-    traceparent = ""
+    traceparent, takes_credit = "", False
     for number, kind, value, upto in wire.fields(buffer, 0, len(buffer)):
         if number == _FRAME_ID:
             wire.expect(kind, wire.VARINT, "frame_id")
@@ -112,13 +134,29 @@ def decode(buffer: bytes) -> Start | Chunk | End:
         elif number == _TRACEPARENT:
             wire.expect(kind, wire.BYTES, "traceparent")
             traceparent = wire.text(buffer, value, upto, "traceparent")
+        elif number == _CREDIT and kind == wire.BYTES:
+            kind_seen, at, end = number, value, upto
+        elif number == _TAKES_CREDIT:
+            wire.expect(kind, wire.VARINT, "takes_credit")
+            takes_credit = bool(value)
     if kind_seen == _START:
-        return Start(frame_id, at, end, timeout_us, traceparent)
+        return Start(frame_id, at, end, timeout_us, traceparent, takes_credit)
     if kind_seen == _CHUNK:
         return Chunk(frame_id, *_chunk_data(buffer, at, end))
     if kind_seen == _END:
         return End(frame_id, at, end)
+    if kind_seen == _CREDIT:
+        return Credit(frame_id, *_credit(buffer, at, end))
     raise InvalidRequestError("the stream message names no kind: expected a start, chunk or end")
+
+
+def _credit(buffer: bytes, at: int, end: int) -> tuple[int, int]:
+    granted = {1: 0, 2: 0}
+    for number, kind, value, _ in wire.fields(buffer, at, end):
+        if number in granted:
+            wire.expect(kind, wire.VARINT, "credit")
+            granted[number] = value
+    return granted[1], granted[2]
 
 
 def _chunk_data(buffer: bytes, at: int, end: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from expertmesh.errors import (
     UnavailableError,
 )
 from expertmesh.rpc import status
+from expertmesh.rpc.credit import CreditGate
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.outbox import Outbox
 from expertmesh.rpc.tasks import TaskSet
@@ -58,6 +59,7 @@ class FrameStream:
         self._waiters: dict[int, _Waiter[Any]] = {}
         self._last_id = 0
         self._outbox = Outbox()
+        self._credit = CreditGate(self._outbox.put)
         self._tasks = TaskSet()
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[MeshError] = self._loop.create_future()
@@ -96,18 +98,25 @@ class FrameStream:
         self._last_id += 1
         frame_id = self._last_id
         messages = frames.encode(
-            self._request_codec, request, frame_id, deadline.timeout_us, traceparent
+            self._request_codec,
+            request,
+            frame_id,
+            deadline.timeout_us,
+            traceparent,
+            takes_credit=frame_id == 1,
         )
         future: asyncio.Future[Any] = self._loop.create_future()
         # Answers are as large as what was asked for.
         self._waiters[frame_id] = _Waiter(future, request.hidden_states.nbytes)
-        self._outbox.put(frame_id, messages)
+        self._credit.put(frame_id, request.hidden_states.nbytes, messages)
         future.add_done_callback(lambda _: self._give_up(frame_id))
         return future
 
     def _give_up(self, frame_id: int) -> None:
         """Tells the peer when a frame was not settled by its answer."""
-        if self._waiters.pop(frame_id, None) is not None and not self.broken.done():
+        unsettled = self._waiters.pop(frame_id, None) is not None
+        sent = self._credit.done(frame_id)
+        if unsettled and sent and not self.broken.done():
             self._outbox.discard(frame_id)
             self._outbox.put(frame_id, iter((frames.encode_cancel(frame_id),)))
 
@@ -165,6 +174,11 @@ class FrameStream:
 
     def _receive(self, buffer: bytes) -> None:
         message = frames.decode(buffer)
+        if isinstance(message, frames.Credit):
+            self._credit.grant(message.frames, message.bytes)
+            return
+        if not self._credit.heard:
+            self._credit.lift()
         waiter = self._waiters.get(message.frame_id)
         if waiter is None:
             return  # given up; the answer was on its way

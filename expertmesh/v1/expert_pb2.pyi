@@ -91,33 +91,37 @@ class ExecuteResponse(_message.Message):
     def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., queue_us: _Optional[int] = ..., compute_us: _Optional[int] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ExecuteStreamRequest(_message.Message):
-    __slots__ = ("frame_id", "execute", "chunk", "cancel", "timeout_us", "traceparent")
+    __slots__ = ("frame_id", "execute", "chunk", "cancel", "timeout_us", "traceparent", "takes_credit")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     EXECUTE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TAKES_CREDIT_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     execute: ExecuteRequest
     chunk: _tensor_pb2.TensorChunk
     cancel: CancelExecution
     timeout_us: int
     traceparent: str
-    def __init__(self, frame_id: _Optional[int] = ..., execute: _Optional[_Union[ExecuteRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelExecution, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    takes_credit: bool
+    def __init__(self, frame_id: _Optional[int] = ..., execute: _Optional[_Union[ExecuteRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelExecution, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., takes_credit: bool = ...) -> None: ...
 
 class CancelExecution(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ExecuteStreamResponse(_message.Message):
-    __slots__ = ("frame_id", "execute", "chunk", "error")
+    __slots__ = ("frame_id", "execute", "chunk", "error", "credit")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     EXECUTE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     execute: ExecuteResponse
     chunk: _tensor_pb2.TensorChunk
     error: _tensor_pb2.FrameError
-    def __init__(self, frame_id: _Optional[int] = ..., execute: _Optional[_Union[ExecuteResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ...) -> None: ...
+    credit: _tensor_pb2.FrameCredit
+    def __init__(self, frame_id: _Optional[int] = ..., execute: _Optional[_Union[ExecuteResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ..., credit: _Optional[_Union[_tensor_pb2.FrameCredit, _Mapping]] = ...) -> None: ...

@@ -93,36 +93,40 @@ class ForwardResponse(_message.Message):
     def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardStreamRequest(_message.Message):
-    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent")
+    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent", "takes_credit")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    TAKES_CREDIT_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     forward: ForwardRequest
     chunk: _tensor_pb2.TensorChunk
     cancel: CancelFrame
     timeout_us: int
     traceparent: str
-    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
+    takes_credit: bool
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., takes_credit: bool = ...) -> None: ...
 
 class CancelFrame(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ForwardStreamResponse(_message.Message):
-    __slots__ = ("frame_id", "forward", "chunk", "error")
+    __slots__ = ("frame_id", "forward", "chunk", "error", "credit")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     forward: ForwardResponse
     chunk: _tensor_pb2.TensorChunk
     error: _tensor_pb2.FrameError
-    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ...) -> None: ...
+    credit: _tensor_pb2.FrameCredit
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ..., credit: _Optional[_Union[_tensor_pb2.FrameCredit, _Mapping]] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()
