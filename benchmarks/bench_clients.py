@@ -33,12 +33,11 @@ _TOLERANCE = 2e-2  # bf16
 _DECODE_SAYS = f"""\
 Processes on one machine, without Ray: clients (one process, a connection each), a router,
 {_SHARDS} expert servers (onednn, one thread each). Every client decodes: T = 1, rows of its own,
-its
-next request when the last is answered. `tokens/s` is of all clients together; `ratio` is {_CLIENTS}
-clients over one, round by round."""
+its next request when the last is answered. `tokens/s` is of all clients together; `ratio` is
+{_CLIENTS} clients over one, round by round."""
 _ROUTERS_SAYS = f"""\
-Processes on one machine, without Ray: one client connection that knows every router and picks the
-one with the fewest requests in flight, {_CLIENTS} requests of T = 1 under way all the time,
+Processes on one machine, without Ray: one client connection that knows every router and picks
+the one with the fewest requests in flight, {_CLIENTS} requests of T = 1 under way all the time,
 {_SHARDS} expert servers that compute nothing. CPU seconds are those of one second of the run, by
 process: they say what limits it. 2 cores have 2.00 to give, whatever the number of routers."""
 

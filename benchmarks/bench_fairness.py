@@ -31,11 +31,9 @@ _SAYS = f"""\
 Two clients of one process, a connection each, ask a cluster of two expert servers (onednn, one
 thread each), all of it on two cores. One decodes: T = 1, its next request when the last is
 answered. The other sends prompts of {_PROMPT} tokens without a pause. `turns` is the default: at
-the
-router few rows never wait for many, on the device a large request lets others pass after 1024
-rows. `no turns`
-has neither: one lane ({_WITHOUT[0]}) and no blocks ({_WITHOUT[1]}). Latencies are the decoding
-client's, median (least–largest) over the rounds, the sides in turn."""
+the router few rows never wait for many, on the device a large request lets others pass after
+1024 rows. `no turns` has neither: one lane ({_WITHOUT[0]}) and no blocks ({_WITHOUT[1]}).
+Latencies are the decoding client's, median (least–largest) over the rounds, the sides in turn."""
 
 
 async def _measure(report: Report, addresses: dict[str, str], seconds: float, rounds: int) -> None:

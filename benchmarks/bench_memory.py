@@ -31,14 +31,13 @@ _SAMPLE_S = 0.01
 _MIB = 1 << 20
 _TOLERANCE = 1e-2  # bf16
 _SAYS = f"""\
-Processes on one machine, without Ray; two expert servers that compute nothing (`--backend noop`).
-RssAnon in MiB: pages of a process's own. `idle` is after {_CLIENTS} clients' first tenth of small
-requests (T = 1, router gates), `after` when all are answered, with nothing in flight. `peak` is the
-largest seen, every {1e3 * _SAMPLE_S:.0f} ms, while {_LARGE_AT_ONCE}
-requests of T = {_LARGE_TOKENS}
-(caller gates, {_LARGE_TOKENS * TINY_EXPERTS.hidden * 2 // _MIB} MiB each way) are in flight at
-once;
-`in flight` is their in + out in that process, `factor` is (peak - after) over it."""
+Processes on one machine, without Ray; two expert servers that compute nothing (`--backend
+noop`). RssAnon in MiB: pages of a process's own. `idle` is after {_CLIENTS} clients' first tenth
+of small requests (T = 1, router gates), `after` when all are answered, with nothing in flight.
+`peak` is the largest seen, every {1e3 * _SAMPLE_S:.0f} ms, while {_LARGE_AT_ONCE} requests of T
+= {_LARGE_TOKENS} (caller gates, {_LARGE_TOKENS * TINY_EXPERTS.hidden * 2 // _MIB} MiB each way)
+are in flight at once; `in flight` is their in + out in that process, `factor` is (peak - after)
+over it."""
 
 
 class Watch:

@@ -31,12 +31,11 @@ _CASES = {1 << 20: 100, 16 << 20: 12}  # requests in a block, by bytes
 _WIDTH = 2048
 _SAYS = """\
 A server in a process of its own sends back what it is sent; one request at a time on one stream
-over
-loopback. GB/s counts the bytes of both ways: median (least–largest) of the blocks' medians. `ours`
-is `FrameStream`
-to `FrameSession` and back, from bf16 tensor to bf16 tensor, in Python's asyncio. `flight` is
-`DoExchange` of pyarrow (C++, threads), one record batch of uint8 each way. `ratio` is GB/s of ours
-over Flight's, block by block. One core for each end; every byte is compared."""
+over loopback. GB/s counts the bytes of both ways: median (least–largest) of the blocks' medians.
+`ours` is `FrameStream` to `FrameSession` and back, from bf16 tensor to bf16 tensor, in Python's
+asyncio. `flight` is `DoExchange` of pyarrow (C++, threads), one record batch of uint8 each way.
+`ratio` is GB/s of ours over Flight's, block by block. One core for each end; every byte is
+compared."""
 
 
 def flight_python(wanted: str | None) -> str | None:

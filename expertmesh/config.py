@@ -120,6 +120,9 @@ class RpcConfig:
     max_inflight_bytes: int = 1 << 30  # all requests' hidden states: beyond, QUEUE_FULL
     max_inflight_frames: int = 4096  # the same in number: each holds a task and a future
     max_shared_bytes: int = _MAX_SHARED_BYTES  # one caller's shared memory; 0: everything over TCP
+    stream_frames: int = 1024  # what one stream of ours may have in flight: the rest waits at its
+    # sender, and others find a place
+    stream_bytes: int = 256 << 20  # the same in bytes: a quarter, too
     drain_s: float = 5.0  # a stopping server lets this long pass for requests in flight
 
 

@@ -21,6 +21,7 @@ CHUNK_BYTES = 1 << 20
 _MAX_RETRY_AFTER_S = 3600.0
 _FRAME_ID, _START, _CHUNK, _END, _TIMEOUT_US, _TRACEPARENT = 1, 2, 3, 4, 5, 6
 _BLOCKS, _RETURNED, _SHARED = 7, 8, 9
+_TAKES_CREDIT = _CREDIT = 10  # of a request; of an answer
 
 
 @dataclass(slots=True)
@@ -34,6 +35,7 @@ class Start:
     traceparent: str
     blocks: Blocks | None = None  # of a request whose hidden states lie in shared memory
     shared: bool = False  # an answer whose hidden states do
+    takes_credit: bool = False
 
 
 @dataclass(slots=True)
@@ -63,8 +65,22 @@ class Returned:
     end: int
 
 
+@dataclass(slots=True)
+class Credit:
+    """FrameCredit from a server: what the stream may have in flight."""
+
+    frame_id: int
+    frames: int
+    bytes: int
+
+
 def encode(
-    codec: Codec[M], message: M, frame_id: int, timeout_us: int = 0, traceparent: str = ""
+    codec: Codec[M],
+    message: M,
+    frame_id: int,
+    timeout_us: int = 0,
+    traceparent: str = "",
+    takes_credit: bool = False,
 ) -> Iterator[bytes]:
     """The stream messages of one frame, in order: a start, then chunks while elements are left.
 
@@ -77,6 +93,7 @@ def encode(
     trailer = wire.field_varint(_TIMEOUT_US, timeout_us) + wire.field_text(
         _TRACEPARENT, traceparent
     )
+    trailer += wire.field_varint(_TAKES_CREDIT, takes_credit)
     prefix = wire.length_prefix(_START, len(head) + first + len(tail))
     start = (b"".join((identity, prefix, head, data[:first], tail, trailer)),)
     return chain(start, _chunks(identity, data)) if first < len(data) else iter(start)
@@ -90,6 +107,7 @@ def encode_by_reference(
     traceparent: str = "",
     *,
     blocks: Blocks | None = None,
+    takes_credit: bool = False,
 ) -> bytes:
     """The one stream message of a frame whose hidden states lie in shared memory.
 
@@ -106,6 +124,7 @@ def encode_by_reference(
             wire.field_text(_TRACEPARENT, traceparent),
             wire.field_bytes(_BLOCKS, blocks.encode()) if blocks is not None else b"",
             wire.field_varint(_SHARED, blocks is None),
+            wire.field_varint(_TAKES_CREDIT, takes_credit),
         )
     )
 
@@ -127,6 +146,11 @@ def encode_returned(frame_id: int) -> bytes:
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_RETURNED, b"")
 
 
+def encode_credit(frames: int, bytes_: int) -> bytes:
+    """The message that says what a stream may have in flight."""
+    return wire.field_bytes(_CREDIT, wire.field_varint(1, frames) + wire.field_varint(2, bytes_))
+
+
 def encode_error(frame_id: int, error: MeshError) -> bytes:
     """The message that says why a frame failed."""
     body = b"".join(
@@ -141,10 +165,10 @@ def encode_error(frame_id: int, error: MeshError) -> bytes:
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_END, body)
 
 
-def decode(buffer: bytes) -> Start | Chunk | End | Returned:
+def decode(buffer: bytes) -> Start | Chunk | End | Returned | Credit:
     """One stream message. Raises InvalidRequestError, nothing else."""
     frame_id = timeout_us = kind_seen = at = end = shared = 0
-    traceparent = ""
+    traceparent, takes_credit = "", False
     blocks = None
     for number, kind, value, upto in wire.fields(buffer, 0, len(buffer)):
         if number == _FRAME_ID:
@@ -165,15 +189,31 @@ def decode(buffer: bytes) -> Start | Chunk | End | Returned:
         elif number == _SHARED:
             wire.expect(kind, wire.VARINT, "shared")
             shared = value
+        elif number == _CREDIT and kind == wire.BYTES:
+            kind_seen, at, end = number, value, upto
+        elif number == _TAKES_CREDIT:
+            wire.expect(kind, wire.VARINT, "takes_credit")
+            takes_credit = bool(value)
     if kind_seen == _START:
-        return Start(frame_id, at, end, timeout_us, traceparent, blocks, bool(shared))
+        return Start(frame_id, at, end, timeout_us, traceparent, blocks, bool(shared), takes_credit)
     if kind_seen == _CHUNK:
         return Chunk(frame_id, *_chunk_data(buffer, at, end))
     if kind_seen == _END:
         return End(frame_id, at, end)
     if kind_seen == _RETURNED:
         return Returned(frame_id, at, end)
+    if kind_seen == _CREDIT:
+        return Credit(frame_id, *_credit(buffer, at, end))
     raise InvalidRequestError("the stream message names no kind: expected a start, chunk or end")
+
+
+def _credit(buffer: bytes, at: int, end: int) -> tuple[int, int]:
+    granted = {1: 0, 2: 0}
+    for number, kind, value, _ in wire.fields(buffer, at, end):
+        if number in granted:
+            wire.expect(kind, wire.VARINT, "credit")
+            granted[number] = value
+    return granted[1], granted[2]
 
 
 def _chunk_data(buffer: bytes, at: int, end: int) -> tuple[int, int]:

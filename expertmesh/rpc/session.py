@@ -35,6 +35,7 @@ from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.outbox import Outbox
 
 _log = logging.getLogger(__name__)
+_NO_FRAME = -1  # in an outbox: a message that belongs to no frame
 OK = "OK"  # how a request ended, where the others are an error's `reason`
 _LARGE_BYTES = 1 << 20  # answers from here on are copied on a thread, not on the event loop
 RETRY_AFTER_S = 0.05  # a queue of ours empties within some tens of milliseconds
@@ -73,6 +74,16 @@ class Admission:
     def max_request_bytes(self) -> int:
         """The largest hidden states of one request."""
         return self._config.max_request_bytes
+
+    @property
+    def credit(self) -> tuple[int, int]:
+        """(frames, bytes) that one stream may have in flight: at most half of all that there is.
+
+        A client has an answer before its place here is free, and may have sent as much again.
+        """
+        config = self._config
+        frames = min(config.stream_frames, max(1, config.max_inflight_frames // 2))
+        return frames, min(config.stream_bytes, config.max_inflight_bytes // 2)
 
     def enter(self, size: int) -> None:
         """Takes one request in. Raises OverloadedError or UnavailableError."""
@@ -237,7 +248,7 @@ class FrameSession:
             self._begin(buffer, message, group)
         elif isinstance(message, frames.Chunk):
             self._continue(buffer, message, group)
-        else:
+        elif isinstance(message, frames.End):
             self._cancel(message.frame_id)
 
     def _begin(self, buffer: bytes, message: frames.Start, group: asyncio.TaskGroup) -> None:
@@ -248,6 +259,8 @@ class FrameSession:
             )
         admission = self._protocol.admission
         borrowed = None
+        if message.takes_credit:
+            self._outbox.put(_NO_FRAME, iter((frames.encode_credit(*admission.credit),)))
         try:
             pending = self._protocol.request_codec.decode(
                 buffer, message.at, message.end, admission.max_request_bytes

@@ -22,6 +22,7 @@ from expertmesh.errors import (
     UnavailableError,
 )
 from expertmesh.rpc import status
+from expertmesh.rpc.credit import CreditGate
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.outbox import Outbox
@@ -67,6 +68,7 @@ class FrameStream:
         self._waiters: dict[int, _Waiter[Any]] = {}
         self._last_id = 0
         self._outbox = Outbox()
+        self._credit = CreditGate(self._outbox.put)
         self._tasks = TaskSet()
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[MeshError] = self._loop.create_future()
@@ -120,7 +122,7 @@ class FrameStream:
         future: asyncio.Future[Any] = self._loop.create_future()
         # Answers are as large as what was asked for.
         self._waiters[frame_id] = _Waiter(future, request.hidden_states.nbytes)
-        self._outbox.put(frame_id, messages)
+        self._credit.put(frame_id, request.hidden_states.nbytes, messages)
         future.add_done_callback(lambda _: self._give_up(frame_id))
         return future
 
@@ -130,10 +132,18 @@ class FrameStream:
         lender, codec = self._lender, self._request_codec
         blocks = lender.lend(frame_id, request.hidden_states) if lender is not None else None
         if lender is None or blocks is None:
-            return frames.encode(codec, request, frame_id, timeout_us, traceparent)
+            return frames.encode(
+                codec, request, frame_id, timeout_us, traceparent, takes_credit=frame_id == 1
+            )
         try:
             message = frames.encode_by_reference(
-                codec, request, frame_id, timeout_us, traceparent, blocks=blocks
+                codec,
+                request,
+                frame_id,
+                timeout_us,
+                traceparent,
+                blocks=blocks,
+                takes_credit=frame_id == 1,
             )
         except BaseException:
             lender.returned(frame_id)
@@ -142,11 +152,15 @@ class FrameStream:
 
     def _give_up(self, frame_id: int) -> None:
         """Tells the peer when a frame was not settled by its answer."""
-        if self._waiters.pop(frame_id, None) is not None and not self.broken.done():
+        unsettled = self._waiters.pop(frame_id, None) is not None
+        sent = self._credit.done(frame_id)
+        if not unsettled or self.broken.done():
+            return
+        if sent:
             self._outbox.discard(frame_id)
             self._outbox.put(frame_id, iter((frames.encode_cancel(frame_id),)))
-            if self._lender is not None:
-                self._lender.give_up(frame_id)
+        if self._lender is not None:
+            self._lender.give_up(frame_id)
 
     def _expire(self, future: asyncio.Future[Any]) -> None:
         if not future.done():
@@ -202,6 +216,11 @@ class FrameStream:
 
     def _receive(self, buffer: bytes) -> None:
         message = frames.decode(buffer)
+        if isinstance(message, frames.Credit):
+            self._credit.grant(message.frames, message.bytes)
+            return
+        if not self._credit.heard:
+            self._credit.lift()
         waiter = self._waiters.get(message.frame_id)
         if isinstance(message, frames.Returned) or (waiter is None and _is_shared(message)):
             if self._lender is not None:

@@ -93,7 +93,7 @@ class ForwardResponse(_message.Message):
     def __init__(self, hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardStreamRequest(_message.Message):
-    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent", "blocks")
+    __slots__ = ("frame_id", "forward", "chunk", "cancel", "timeout_us", "traceparent", "blocks", "takes_credit")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class ForwardStreamRequest(_message.Message):
     TIMEOUT_US_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_CREDIT_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     forward: ForwardRequest
     chunk: _tensor_pb2.TensorChunk
@@ -108,27 +109,30 @@ class ForwardStreamRequest(_message.Message):
     timeout_us: int
     traceparent: str
     blocks: _tensor_pb2.SharedBlocks
-    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., blocks: _Optional[_Union[_tensor_pb2.SharedBlocks, _Mapping]] = ...) -> None: ...
+    takes_credit: bool
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardRequest, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., cancel: _Optional[_Union[CancelFrame, _Mapping]] = ..., timeout_us: _Optional[int] = ..., traceparent: _Optional[str] = ..., blocks: _Optional[_Union[_tensor_pb2.SharedBlocks, _Mapping]] = ..., takes_credit: bool = ...) -> None: ...
 
 class CancelFrame(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ForwardStreamResponse(_message.Message):
-    __slots__ = ("frame_id", "forward", "chunk", "error", "returned", "shared")
+    __slots__ = ("frame_id", "forward", "chunk", "error", "returned", "credit", "shared")
     FRAME_ID_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     RETURNED_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
     frame_id: int
     forward: ForwardResponse
     chunk: _tensor_pb2.TensorChunk
     error: _tensor_pb2.FrameError
     returned: _tensor_pb2.FrameReturned
+    credit: _tensor_pb2.FrameCredit
     shared: bool
-    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ..., returned: _Optional[_Union[_tensor_pb2.FrameReturned, _Mapping]] = ..., shared: bool = ...) -> None: ...
+    def __init__(self, frame_id: _Optional[int] = ..., forward: _Optional[_Union[ForwardResponse, _Mapping]] = ..., chunk: _Optional[_Union[_tensor_pb2.TensorChunk, _Mapping]] = ..., error: _Optional[_Union[_tensor_pb2.FrameError, _Mapping]] = ..., returned: _Optional[_Union[_tensor_pb2.FrameReturned, _Mapping]] = ..., credit: _Optional[_Union[_tensor_pb2.FrameCredit, _Mapping]] = ..., shared: bool = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -86,6 +86,14 @@ class FrameReturned(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class FrameCredit(_message.Message):
+    __slots__ = ("frames", "bytes")
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    frames: int
+    bytes: int
+    def __init__(self, frames: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
 class FrameError(_message.Message):
     __slots__ = ("code", "reason", "message", "field", "retry_after_s")
     CODE_FIELD_NUMBER: _ClassVar[int]

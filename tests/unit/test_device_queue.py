@@ -43,6 +43,21 @@ def test_a_large_job_alone_is_computed_in_one_go() -> None:
     assert _taken(*_queue(("a", "x", 35))) == [[("a", 0, 35)]]
 
 
+def test_a_very_large_job_alone_looks_for_others_after_four_blocks() -> None:
+    assert _taken(*_queue(("a", "x", 85))) == [[("a", 0, 40)], [("a", 40, 80)], [("a", 80, 85)]]
+
+
+def test_who_comes_while_a_very_large_job_is_alone_goes_next_but_one_block() -> None:
+    queue, names = _queue(("big", "x", 85))
+    (first,) = queue.next()
+    late = Job("y", 1)
+    names[late] = "late"
+    queue.push(late)
+
+    assert (first.start, first.stop) == (0, 40)
+    assert _taken(queue, names) == [[("big", 40, 50)], [("late", 0, 1)], [("big", 50, 85)]]
+
+
 def test_a_large_job_lets_others_go_first_after_each_block() -> None:
     turns = _taken(*_queue(("big", "x", 25), ("b", "y", 1), ("c", "z", 1)))
 
