@@ -122,6 +122,8 @@ def test_the_controllers_series_grow_with_layers_and_not_with_experts() -> None:
         ),
         now=1.0,
     )
+    while controller.close_windows(now=1.0):
+        pass  # a turn closes some of what is due
     controller.take_executions(
         pb.ReportExecutionsRequest(
             source="s",
@@ -168,7 +170,7 @@ def test_a_routers_series_grow_with_servers_and_with_nothing_else() -> None:
     assert seen.value("expertmesh_router_servers", state="ready") == SERVERS
     assert seen.value("expertmesh_router_experts_without_server") == LAYERS * (EXPERTS + 1)
     assert seen.value("expertmesh_router_ready") == 0
-    assert seen.series <= 2 * SERVERS + 70  # docs/operations.md
+    assert seen.series <= 3 * SERVERS + 70  # docs/operations.md
 
 
 def test_an_expert_servers_series_grow_with_its_layers() -> None:
