@@ -2,10 +2,10 @@
 
 gRPC for Python can read sockets on the threads of its EventEngine, which hand every message to the
 thread that waits for it, or on the waiting thread itself. The second way saves a wake-up a message:
-bare streams over two hops took 0.53 instead of 0.71 ms on 2 cores
-(benchmarks/results/path_*.md). gRPC takes that from the environment, once, while it is imported;
-the variable is taken back afterwards, so that processes started later do not inherit it. Whoever
-sets GRPC_EXPERIMENTS, or imports grpc first, decides for themselves.
+bare streams over two hops took 0.53 instead of 0.71 ms (4 KiB, p50, grpcio 1.85.1 on 2 cores).
+gRPC takes that from the environment, once, while it is imported; the variable is taken back
+afterwards, so that processes started later do not inherit it. Whoever sets GRPC_EXPERIMENTS, or
+imports grpc first, decides for themselves.
 """
 
 from __future__ import annotations
