@@ -20,7 +20,7 @@ import torch
 import expertmesh
 import router_service.servicer
 from expertmesh.codec import messages, wire
-from expertmesh.config import ExpertConfig, RpcConfig
+from expertmesh.config import ExpertConfig, RpcConfig, SharedMemoryConfig
 from expertmesh.errors import (
     DeadlineError,
     InternalError,
@@ -496,7 +496,7 @@ def test_a_unary_message_over_the_limit_of_grpc_is_refused(channel) -> None:
 
 def test_what_grpc_says_of_a_large_message_is_too_large_to_the_python_client(mesh) -> None:
     async def send() -> None:
-        link = expertmesh.client._RouterLink(mesh.address)
+        link = expertmesh.client._RouterLink(mesh.address, SharedMemoryConfig())
         call = link._channel.unary_unary("/expertmesh.v1.RouterService/Forward")
         try:
             await link.control(call, bytes(OVER_GRPC), Deadline.after(10.0))
@@ -906,7 +906,8 @@ def test_a_router_whose_gate_cannot_choose_is_refused(mesh, control) -> None:
 
 
 _MIGRATION = Path(__file__).with_name("test_migration.py")  # has the rows of moving experts
-_SCALE = Path(__file__).with_name("test_scale.py")  # has the rows of moving experts
+_SCALE = Path(__file__).with_name("test_scale.py")  # has those of servers that come and go
+_SHARED = Path(__file__).with_name("test_shared_memory.py")  # has those of shared memory
 
 
 def test_every_test_that_the_table_names_is_there() -> None:
@@ -917,7 +918,7 @@ def test_every_test_that_the_table_names_is_there() -> None:
     assert all(named), "a row names no test"
     names = {name for row in named for name in row}
     assert {name for name in names if name.startswith("[")} == {f"[{name}]" for name in REFUSED}
-    others = _MIGRATION.read_text() + _SCALE.read_text()
+    others = _MIGRATION.read_text() + _SCALE.read_text() + _SHARED.read_text()
     there = set(globals()) | set(re.findall(r"^def (test_\w+)", others, re.M))
     assert {name for name in names if name.startswith("test_")} <= there
 
