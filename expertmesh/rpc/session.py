@@ -365,6 +365,8 @@ class FrameSession:
         return True
 
     async def _answer(self, frame_id: int, frame: _Frame, request: Any) -> None:
+        response: Any = None
+        copy: Callable[[], object] | None = None
         try:
             response = await answer(self._protocol.handle, request, frame.deadline)
             copy = _copy_to_caller(frame, response.hidden_states)
@@ -379,6 +381,9 @@ class FrameSession:
             raise
         except Exception as failure:
             self._send_error(frame_id, frame, failure)
+        finally:
+            # A task that was cancelled keeps its error, and with it what is at hand here.
+            request = response = copy = None
 
     def _send(self, frame_id: int, frame: _Frame, response: Any, *, shared: bool) -> None:
         codec = self._protocol.response_codec

@@ -121,7 +121,11 @@ def test_a_client_that_is_killed_leaves_nothing_in_the_router(cluster) -> None:
         with_survivor = held(running.router.process.pid)
         for _ in range(3):
             process = going_client(running.router.address)
-            assert held(running.router.process.pid)[0] == with_survivor[0] + 1
+            wait_until(
+                lambda: held(running.router.process.pid)[0] == with_survivor[0] + 1,
+                10.0,
+                "one client's more, and no earlier victim's",
+            )
             process.kill()
             process.wait()
             assert process.stdout is not None
