@@ -459,10 +459,17 @@ def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[int], None], frame
 
 def _forget(failure: BaseException) -> None:
     """Frees what the functions that failed had at hand: the rows of the request among it."""
-    each: BaseException | None = failure
-    while each is not None:
+    left: list[BaseException | None] = [failure]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
         traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__
+        left += [each.__cause__, each.__context__]
+        if isinstance(each, BaseExceptionGroup):  # several servers failed, each in a task
+            left += each.exceptions
 
 
 async def answer_in_time(
