@@ -16,9 +16,10 @@ from expertmesh.codec.messages import (
     ExecuteResponse,
 )
 from expertmesh.config import RpcConfig
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import GrpcServer, stream_tensor
-from expertmesh.rpc.session import Admission, FrameProtocol
+from expertmesh.rpc.session import FrameProtocol
 
 SERVICE = "echo.TensorEcho"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from expert_service.runner import DeviceRunner
 from expert_service.shard import ExpertShard
 from expertmesh.model import SERVER_STATES
-from expertmesh.rpc.session import Admission
+from expertmesh.rpc.admission import Admission
 from expertmesh.telemetry.metric import Metric, Reading, one_of
 from expertmesh.v1 import router_pb2
 

@@ -20,8 +20,8 @@ from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
 from expertmesh.errors import OverloadedError, UnavailableError
+from expertmesh.rpc.admission import RETRY_AFTER_S
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import RETRY_AFTER_S
 from expertmesh.telemetry.metric import Histogram
 
 _T = TypeVar("_T")

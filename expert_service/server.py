@@ -27,8 +27,9 @@ from expertmesh.codec.slots import layer_slots
 from expertmesh.config import ExpertConfig, RpcConfig
 from expertmesh.errors import ConfigError, MeshError, UnavailableError
 from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Fp8ExpertWeights, Slot
+from expertmesh.rpc.admission import Admission
+from expertmesh.rpc.answering import internal
 from expertmesh.rpc.server import GrpcServer
-from expertmesh.rpc.session import Admission, internal
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
 from expertmesh.v1 import control_pb2, expert_pb2, router_pb2

@@ -11,10 +11,11 @@ from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.codec.slots import slots_of
 from expertmesh.errors import StaleEpochError, UnavailableError
 from expertmesh.model import Slot
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
-from expertmesh.rpc.session import Admission, FrameProtocol
+from expertmesh.rpc.session import FrameProtocol
 from expertmesh.v1 import expert_pb2 as pb
 
 SERVICE = "expertmesh.v1.ExpertService"

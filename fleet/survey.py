@@ -13,8 +13,8 @@ import numpy.typing as npt
 from expertmesh.client import AsyncMesh, connect_async
 from expertmesh.info import MeshInfo
 from expertmesh.rpc import loop, status
+from expertmesh.rpc.answering import first_mesh_error
 from expertmesh.rpc.channel import open_channel
-from expertmesh.rpc.session import first_mesh_error
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc, router_pb2
 
 _TIMEOUT_S = 10.0

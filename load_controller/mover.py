@@ -16,9 +16,9 @@ from expertmesh.codec.slots import layer_slots, slots_of
 from expertmesh.errors import MeshError, MigratingError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc import status
+from expertmesh.rpc.answering import first_mesh_error
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import first_mesh_error
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc
 from load_controller.controller import LoadController
 from load_controller.migration import Copy, Step, by_server, check_digests, plan_steps

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from expertmesh.config import BalanceConfig, RpcConfig
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.server import GrpcServer
-from expertmesh.rpc.session import Admission
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
 from expertmesh.telemetry.metric import Reading

@@ -26,8 +26,8 @@ from expertmesh.errors import (
     UnavailableError,
 )
 from expertmesh.placement import SlotMap
+from expertmesh.rpc.answering import first_mesh_error
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import first_mesh_error
 from router_service.link import ServerLink
 from router_service.pool import ExpertPool
 from router_service.routing import RoutedBatch

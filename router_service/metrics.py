@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from expertmesh.model import SERVER_STATES
-from expertmesh.rpc.session import Admission
+from expertmesh.rpc.admission import Admission
 from expertmesh.telemetry.metric import Metric, Reading
 from router_service.controller_link import ControllerLink
 from router_service.router import Router

@@ -12,9 +12,9 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import RouterConfig, RpcConfig
 from expertmesh.errors import CheckpointError, MeshError
 from expertmesh.model import GateWeights
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import GrpcServer
-from expertmesh.rpc.session import Admission
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
 from router_service import metrics

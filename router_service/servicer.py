@@ -8,10 +8,11 @@ from typing import Any
 from expertmesh.codec import messages, tensors
 from expertmesh.errors import UnavailableError
 from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
-from expertmesh.rpc.session import Admission, FrameProtocol
+from expertmesh.rpc.session import FrameProtocol
 from expertmesh.v1 import router_pb2 as pb
 from router_service.controller_link import ControllerLink
 from router_service.router import Router

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from expert_service.server import ExpertServer
 from expertmesh.rpc import loop
-from expertmesh.rpc.session import Admission
+from expertmesh.rpc.admission import Admission
 from expertmesh.v1 import router_pb2, tensor_pb2
 from router_service.server import RouterServer
 from tests.mesh import LocalMesh, wait_until

@@ -21,8 +21,10 @@ from expertmesh.errors import (
     MeshError,
 )
 from expertmesh.rpc import status
+from expertmesh.rpc.admission import OK, Admission
+from expertmesh.rpc.answering import answer_in_time
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import OK, Admission, FrameProtocol, FrameSession, answer_in_time
+from expertmesh.rpc.session import FrameProtocol, FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
 
 Handler = Callable[[Any, Deadline], Awaitable[Any]]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
-import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,18 +15,15 @@ import torch
 
 from expertmesh.codec import frames, tensors
 from expertmesh.codec.messages import Codec, Pending
-from expertmesh.config import RpcConfig
 from expertmesh.errors import (
-    BY_REASON,
     CancelledRequestError,
     DeadlineError,
-    InternalError,
     InvalidRequestError,
     MeshError,
-    OverloadedError,
-    UnavailableError,
 )
 from expertmesh.rpc import borrowing, status
+from expertmesh.rpc.admission import OK, Admission
+from expertmesh.rpc.answering import UNANSWERED, answer, forget, internal
 from expertmesh.rpc.arena import Bytes
 from expertmesh.rpc.borrowing import Borrowed, Borrower
 from expertmesh.rpc.deadline import Deadline
@@ -36,9 +31,7 @@ from expertmesh.rpc.outbox import Outbox
 
 _log = logging.getLogger(__name__)
 _NO_FRAME = -1  # in an outbox: a message that belongs to no frame
-OK = "OK"  # how a request ended, where the others are an error's `reason`
 _LARGE_BYTES = 1 << 20  # answers from here on are copied on a thread, not on the event loop
-RETRY_AFTER_S = 0.05  # a queue of ours empties within some tens of milliseconds
 _INCOMPLETE = InvalidRequestError(
     "the stream ended before all chunks of the hidden states had come: send them all",
     field="hidden_states.data",
@@ -46,88 +39,6 @@ _INCOMPLETE = InvalidRequestError(
 _LATE = DeadlineError(
     "the deadline passed before all chunks of the hidden states had come: allow more time"
 )
-_UNANSWERED = DeadlineError(
-    "the answer was not complete before the deadline: allow more time, or send fewer rows"
-)
-
-
-class Admission:
-    """What one server has in flight, over all its streams and unary calls: bounded."""
-
-    def __init__(self, config: RpcConfig) -> None:
-        self._config = config
-        self.frames = 0
-        self.bytes = 0
-        self.outcomes = dict.fromkeys((OK, *BY_REASON), 0)  # requests since the start
-        self.draining = False
-        self.shared_streams = 0  # open ones whose callers lend memory
-        self.streams: set[asyncio.Task[Any]] = set()  # the reading task of each open stream
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @property
-    def max_shared_bytes(self) -> int:
-        """The largest memory that a caller may share; 0 for none."""
-        return self._config.max_shared_bytes
-
-    @property
-    def max_request_bytes(self) -> int:
-        """The largest hidden states of one request."""
-        return self._config.max_request_bytes
-
-    @property
-    def credit(self) -> tuple[int, int]:
-        """(frames, bytes) that one stream may have in flight: at most half of all that there is.
-
-        A client has an answer before its place here is free, and may have sent as much again.
-        """
-        config = self._config
-        frames = min(config.stream_frames, max(1, config.max_inflight_frames // 2))
-        return frames, min(config.stream_bytes, config.max_inflight_bytes // 2)
-
-    def enter(self, size: int) -> None:
-        """Takes one request in. Raises OverloadedError or UnavailableError."""
-        if self.draining:
-            raise UnavailableError("the server is stopping: ask another", retry_after_s=1.0)
-        config = self._config
-        if self.frames >= config.max_inflight_frames:
-            raise OverloadedError(
-                f"{self.frames} requests are in flight, the limit is {config.max_inflight_frames}:"
-                " retry later or elsewhere",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        if self.bytes and self.bytes + size > config.max_inflight_bytes:
-            raise OverloadedError(
-                f"requests in flight hold {self.bytes} bytes, the limit is "
-                f"{config.max_inflight_bytes}: retry later or elsewhere",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self.frames += 1
-        self.bytes += size
-        self._idle.clear()
-
-    def leave(self, size: int) -> None:
-        """The request has been answered or given up."""
-        self.frames -= 1
-        self.bytes -= size
-        if self.frames == 0:
-            self._idle.set()
-
-    def ended(self, outcome: str) -> None:
-        """Counts one request: OK, or the reason of the error that it was answered with."""
-        known = outcome if outcome in self.outcomes else InternalError.reason
-        self.outcomes[known] += 1
-
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no more in, waits at most that long for what is in flight, and ends the streams."""
-        self.draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
-            _log.warning("stopping with %d requests in flight", self.frames)
-        for reader in list(self.streams):
-            reader.cancel()
 
 
 class FrameProtocol:
@@ -305,7 +216,7 @@ class FrameSession:
 
     def _expire(self, frame_id: int) -> None:
         frame = self._frames[frame_id]
-        self._refuse(frame_id, _LATE if frame.task is None else _UNANSWERED)
+        self._refuse(frame_id, _LATE if frame.task is None else UNANSWERED)
 
     def _refuse(self, frame_id: int, error: MeshError) -> None:
         self._protocol.admission.ended(error.reason)
@@ -377,7 +288,7 @@ class FrameSession:
                     await self._loop.run_in_executor(None, copy)
             self._send(frame_id, frame, response, shared=copy is not None)
         except asyncio.CancelledError as cancelled:
-            _forget(cancelled)
+            forget(cancelled)
             raise
         except Exception as failure:
             self._send_error(frame_id, frame, failure)
@@ -397,7 +308,7 @@ class FrameSession:
         error = failure if isinstance(failure, MeshError) else internal(failure)
         messages = iter((frames.encode_error(frame_id, error),))
         reason = error.reason
-        _forget(failure)
+        forget(failure)
         del error, failure
         self._end(frame_id, frame, messages, reason)
 
@@ -455,68 +366,3 @@ def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[int], None], frame
     """Calls on a loop from any thread; once the loop is closed, nobody waits for it."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(call, frame_id)
-
-
-def _forget(failure: BaseException) -> None:
-    """Frees what the functions that failed had at hand: the rows of the request among it."""
-    left: list[BaseException | None] = [failure]
-    seen: set[int] = set()
-    while left:
-        each = left.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        left += [each.__cause__, each.__context__]
-        if isinstance(each, BaseExceptionGroup):  # several servers failed, each in a task
-            left += each.exceptions
-
-
-async def answer_in_time(
-    handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
-) -> Any:
-    """`answer`, ended with DeadlineError when the deadline passes."""
-    try:
-        async with asyncio.timeout(deadline.timeout):
-            return await answer(handle, request, deadline)
-    except TimeoutError:
-        raise DeadlineError(_UNANSWERED.message) from None
-
-
-async def answer(
-    handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
-) -> Any:
-    """Calls a handler; whatever goes wrong comes out as a MeshError. Who calls minds the deadline,
-    which must not have passed yet."""
-    try:
-        deadline.check()
-        return await handle(request, deadline)
-    except MeshError:
-        raise
-    except asyncio.CancelledError:
-        raise
-    except BaseExceptionGroup as group:
-        raise first_mesh_error(group) from None
-    except Exception as error:
-        raise internal(error) from None
-
-
-def first_mesh_error(group: BaseExceptionGroup[BaseException]) -> MeshError:
-    """The first error of ours in a TaskGroup's failure, else an InternalError."""
-    found: list[BaseException] = [group]
-    while found:
-        error = found.pop(0)
-        if isinstance(error, BaseExceptionGroup):
-            found = [*error.exceptions, *found]
-        elif isinstance(error, MeshError):
-            return error
-    return internal(group)
-
-
-def internal(error: BaseException) -> MeshError:
-    """Hides a bug of ours behind an incident id, and logs what it was."""
-    if isinstance(error, asyncio.CancelledError):
-        return CancelledRequestError("the request was given up")
-    incident = uuid.uuid4().hex[:12]
-    _log.error("incident %s", incident, exc_info=error)
-    return InternalError(f"internal error, incident {incident}: see the server's log")

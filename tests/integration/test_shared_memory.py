@@ -30,12 +30,13 @@ from expertmesh.config import RouterConfig, RpcConfig, SharedMemoryConfig
 from expertmesh.errors import DeadlineError, InvalidRequestError, MeshError, OverloadedError
 from expertmesh.rpc import arena as arenas
 from expertmesh.rpc import lending, loop
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.arena import HEADER_BYTES, Arena
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import LEAST_BYTES, METADATA_KEY, Lender
 from expertmesh.rpc.server import stream_tensor
-from expertmesh.rpc.session import Admission, FrameProtocol
+from expertmesh.rpc.session import FrameProtocol
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import router_pb2_grpc, tensor_pb2
 from tests.checkpoints import make_checkpoint

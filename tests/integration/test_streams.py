@@ -25,9 +25,10 @@ from expertmesh.codec.messages import (
 from expertmesh.config import RpcConfig
 from expertmesh.errors import DeadlineError, InternalError
 from expertmesh.rpc import loop
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import Admission, FrameProtocol, FrameSession
+from expertmesh.rpc.session import FrameProtocol, FrameSession
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.checkpoints import make_checkpoint

@@ -20,8 +20,8 @@ from expert_service.shard import ExpertShard
 from expertmesh.codec.messages import ExecuteRequest
 from expertmesh.config import BalanceConfig, ExpertConfig, RouterConfig, RpcConfig
 from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
+from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import Admission
 from expertmesh.telemetry.exposition import families
 from expertmesh.telemetry.metric import Histogram, Metric, Reading
 from expertmesh.v1 import control_pb2 as pb
