@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -29,7 +28,6 @@ from expertmesh.rpc.borrowing import Borrowed, Borrower
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.outbox import Outbox
 
-_log = logging.getLogger(__name__)
 _NO_FRAME = -1  # in an outbox: a message that belongs to no frame
 _LARGE_BYTES = 1 << 20  # answers from here on are copied on a thread, not on the event loop
 _INCOMPLETE = InvalidRequestError(
