@@ -142,14 +142,19 @@ class FrameSession:
             except InvalidRequestError as error:
                 return error
             await self._outbox.room()
-        for frame_id, frame in list(self._frames.items()):
-            if frame.task is None:
-                self._refuse(frame_id, _INCOMPLETE)
+        self._refuse_incomplete()
         while self._frames:  # the client sends no more, but waits for its answers
             self._answered.clear()
             await self._answered.wait()
         await self._outbox.written()
         return None
+
+    def _refuse_incomplete(self) -> None:
+        # Apart, as a cancelled reader keeps its locals until the collector runs: a frame among them
+        # would keep a dead caller's memory.
+        for frame_id, frame in list(self._frames.items()):
+            if frame.task is None:
+                self._refuse(frame_id, _INCOMPLETE)
 
     def _take(self, buffer: bytes, group: asyncio.TaskGroup) -> None:
         message = frames.decode(buffer)
