@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,8 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FakeMultiNodeProvider,
 )
+
+from tests.mesh import wait_until
 
 _MARK = "EXPERTMESH_RAY_HEAD"
 _START_S = 60.0
@@ -178,16 +179,13 @@ def _free_port() -> int:
 
 
 def _wait_listening(process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
-    end = time.monotonic() + _START_S
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
-        except OSError:
-            if process.poll() is not None or time.monotonic() > end:
-                raise AssertionError((folder / "head.log").read_text()) from None
-            time.sleep(0.1)
-        else:
-            return
+    def listens() -> bool:
+        if process.poll() is not None:
+            raise AssertionError((folder / "head.log").read_text())
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_until(listens, _START_S, f"listening: {folder / 'head.log'} says why")
 
 
 def _end(head: Head, process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ H hidden size, I intermediate size, R rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -78,7 +79,7 @@ def create_format(dtype: torch.dtype, weights: str) -> Format:
     return PackedFormat(dtype) if has_packed_ops() else PlainFormat(dtype)
 
 
-class _FloatFormat:
+class _FloatFormat(ABC):
     """What formats share that keep weights, rows and outputs in one dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -101,8 +102,9 @@ class _FloatFormat:
         ]
         return Outputs(values, None)
 
+    @abstractmethod
     def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
-        raise NotImplementedError
+        """y of the formula above for one expert's rows, [M, H]."""
 
 
 class PackedFormat(_FloatFormat):
