@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 
@@ -118,11 +119,17 @@ def test_a_whole_model_is_planned_within_its_time(
     load = _zipf(layers, 256, 1.0, seed=1)
     drift = load * np.random.default_rng(2).lognormal(0, 0.2, load.shape)
 
-    started = time.process_time()
-    plan = plan_placement(load, _servers(servers), redundant)
-    planned = time.process_time()
-    plan_placement(drift, _servers(servers), redundant, plan.placement)
-    again = time.process_time()
+    # A full collection walks what every other test has left: with half a million objects 0.24 s.
+    gc.collect()
+    gc.freeze()
+    try:
+        started = time.process_time()
+        plan = plan_placement(load, _servers(servers), redundant)
+        planned = time.process_time()
+        plan_placement(drift, _servers(servers), redundant, plan.placement)
+        again = time.process_time()
+    finally:
+        gc.unfreeze()
 
     assert planned - started <= bound_s
     assert again - planned <= bound_s
