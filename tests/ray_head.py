@@ -34,6 +34,7 @@ _MARK = "EXPERTMESH_RAY_HEAD"
 _START_S = 60.0
 _END_S = 15.0
 NODE_TYPE = "worker"
+_HEAD_TYPE = "ray.head.default"
 
 
 class NodesWithMemory(FakeMultiNodeProvider):  # type: ignore[misc]
@@ -115,7 +116,10 @@ def _environment(mark: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
+        # Both, as `ray up` and KubeRay set them: an autoscaler that first looks once the head is
+        # registered takes the head's type from here, and without one never gets past that look.
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+        "RAY_NODE_TYPE_NAME": _HEAD_TYPE,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }
@@ -139,7 +143,7 @@ def _config(address: str, max_workers: int, idle_s: float) -> dict[str, Any]:
         },
         "auth": {},
         "available_node_types": {
-            "ray.head.default": {
+            _HEAD_TYPE: {
                 "resources": {"CPU": 2, "expert_slot": 1},
                 "node_config": {},
                 "min_workers": 0,
@@ -157,7 +161,7 @@ def _config(address: str, max_workers: int, idle_s: float) -> dict[str, Any]:
                 "max_workers": max_workers,
             },
         },
-        "head_node_type": "ray.head.default",
+        "head_node_type": _HEAD_TYPE,
         "file_mounts": {},
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
