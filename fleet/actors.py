@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 import torch
 
-from expertmesh.config import BalanceConfig, RouterConfig, RpcConfig, SharedMemoryConfig
+from expertmesh.config import BalanceConfig, RouterConfig, RpcConfig
 from expertmesh.errors import MeshError, UnavailableError
 from expertmesh.rpc import loop
 from expertmesh.rpc.process import keep_what_is_loaded, setup_logging
@@ -100,7 +100,7 @@ class RouterOptions:
     port: int
     host: str  # address to advertise; empty for the node's
     port_file: str  # keeps the port of the first start, so that clients find a restarted router
-    shared_memory: str = "off"  # or "auto", with expert servers of the same node
+    config: RouterConfig
     metrics_port: int | None = None  # 0 for any free one; None for no metrics
 
 
@@ -125,7 +125,7 @@ class RouterActor(ServiceHost):
             controller=options.controller,
             host=options.host or ray.util.get_node_ip_address(),
             rpc=RpcConfig(port=port),
-            config=RouterConfig(shared_memory=SharedMemoryConfig.of(options.shared_memory)),
+            config=options.config,
             metrics_port=options.metrics_port,
         )
 

@@ -20,7 +20,13 @@ from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.client import connect
-from expertmesh.config import AutoscaleConfig, BalanceConfig, SharedMemoryConfig
+from expertmesh.config import (
+    AutoscaleConfig,
+    BalanceConfig,
+    RouterConfig,
+    SharedMemoryConfig,
+    WireDtype,
+)
 from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
 from expertmesh.placement import initial_parts
@@ -143,6 +149,7 @@ def launch(
     metrics_port: int | None = None,
     autoscale: AutoscaleConfig | None = None,
     shared_memory: str = "off",
+    wire_dtype: WireDtype | None = None,
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -169,7 +176,9 @@ def launch(
     With `autoscale` a supervisor adds and removes servers as the load asks for, beginning with
     `shards` x `replicas`; it needs `ray_address` and `cpus_per_server`. A server takes at most the
     slots of one part. See docs/operations.md. With `shared_memory` "auto" routers share memory with
-    the expert servers of their node.
+    the expert servers of their node. `wire_dtype` is what hidden states and partial sums travel as
+    between routers and expert servers, "bfloat16" for instance (docs/protocol.md has the error);
+    None for the caller's own type.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
@@ -179,7 +188,9 @@ def launch(
     balance = BalanceConfig.of(balance)
     if autoscale is not None:
         check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server)
-    SharedMemoryConfig.of(shared_memory)  # refused before anything starts
+    between = RouterConfig(  # refused before anything starts
+        shared_memory=SharedMemoryConfig.of(shared_memory), wire_dtype=wire_dtype
+    )
     services = 0 if controller else routers + 1
     ports = metrics_ports(
         metrics_port,
@@ -205,7 +216,7 @@ def launch(
         request = fixed or _plan(parts, replicas, spec, held_dtype, device, services)
         if not controller:
             _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services,
-                            shared_memory)  # fmt: skip
+                            between)  # fmt: skip
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
@@ -306,7 +317,7 @@ def _nodes() -> list[Node]:
 
 def _start_services(
     cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig, port: int,
-    routers: int, host: str, metrics: Sequence[int | None], shared_memory: str,
+    routers: int, host: str, metrics: Sequence[int | None], config: RouterConfig,
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
     options = _beside_us()
@@ -324,7 +335,7 @@ def _start_services(
             host=host,
             port_file=str(cluster._folder / f"router-{index}.port"),
             metrics_port=metrics[1 + index],
-            shared_memory=shared_memory,
+            config=config,
         )
         router = RouterActor.options(**options).remote(router_options)  # type: ignore[attr-defined]
         cluster.routers.append(router)

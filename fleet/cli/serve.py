@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import get_args
 
-from expertmesh.config import AutoscaleConfig, BalanceConfig
+from expertmesh.config import AutoscaleConfig, BalanceConfig, WireDtype
 from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.launch import launch
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="auto: routers share memory with expert servers of their node",
     )
+    parser.add_argument(
+        "--wire-dtype",
+        choices=get_args(WireDtype),
+        help="what travels between routers and expert servers; the caller's own type if not given",
+    )
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
     parser.add_argument(
         "--autoscale",
@@ -93,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
                 else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
             ),
             shared_memory=arguments.shared_memory,
+            wire_dtype=arguments.wire_dtype,
             progress=progress,
             command=NAME,
         )

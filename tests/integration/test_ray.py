@@ -153,19 +153,22 @@ def test_a_server_that_is_drained_ends_and_leaves_the_others_serving(
     assert before == ["shard0-replica0", "shard0-replica1"]
 
 
-def test_two_clusters_of_one_process_share_its_ray(
+def test_two_clusters_of_one_process_share_its_ray_and_no_settings(
     checkpoint: tuple[Path, torch.nn.Module],
 ) -> None:
     path, _ = checkpoint
     ray.shutdown()
     with launch(path, shards=2) as first:
-        with launch(path, shards=1) as second, expertmesh.connect(second.address) as mesh:
+        with (
+            launch(path, shards=1, wire_dtype="bfloat16") as second,
+            expertmesh.connect(second.address) as mesh,
+        ):
             hidden = torch.randn(3, mesh.describe().hidden_size)
             of_second = mesh.forward(hidden, 1)
         with expertmesh.connect(first.address) as mesh:
             of_first = mesh.forward(hidden, 1)
 
-    torch.testing.assert_close(of_first, of_second)
+    assert 1e-4 < (of_second - of_first).norm() / of_first.norm() <= 6e-3  # bfloat16 on the way
     assert not ray.is_initialized()
 
 
@@ -183,6 +186,7 @@ def test_two_clusters_of_one_process_share_its_ray(
         ({"backend": "abacus"}, "backend is 'abacus'"),
         ({"weights": "fp4"}, "weights is 'fp4'"),
         ({"balance": "upwards"}, "upwards"),
+        ({"wire_dtype": "int4"}, "router.wire_dtype is 'int4'"),
         ({"shards": 1000}, "use fewer shards"),
         ({"autoscale": AutoscaleConfig()}, "autoscale needs ray_address"),
         (
