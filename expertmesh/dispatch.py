@@ -28,7 +28,7 @@ _DIVISION_STEPS = (4, 4, 3, 2, 2, 1, 1, 1)
 #: a server that is late costs everybody.
 _VISITED_ODDS = 64.0
 #: Rows whose float32 sum stays in a core's cache while the next partial sums are added.
-_COMBINE_ROWS = 64
+_COMBINE_ROWS = 128
 
 
 class Holders:
@@ -198,36 +198,40 @@ def combine(
     contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
     room_TH: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Adds up partial sums, each [R, H] for its rows, in float32; rounds once, to hidden's dtype.
+    """Adds up partial sums, each [R, H] for its ascending rows, in float32; rounds once, to
+    hidden's dtype.
 
     The order of the sum is that of `contributions`. Rows without any are zero. The sum may be
     written into `room_TH`, of hidden's shape and dtype, and is that tensor then.
     """
-    if all(rows is None for rows, _ in contributions) and contributions:
-        return _add_up([partial for _, partial in contributions], hidden_TH.dtype, room_TH)
-    total = torch.zeros(hidden_TH.shape, dtype=torch.float32)
-    for rows, partial in contributions:
-        if rows is None:
-            total += partial
-        else:
-            total.index_add_(0, torch.from_numpy(rows), partial.float())
-    return total.to(hidden_TH.dtype) if room_TH is None else room_TH.copy_(total)
-
-
-def _add_up(
-    partials: Sequence[torch.Tensor], dtype: torch.dtype, room: torch.Tensor | None
-) -> torch.Tensor:
-    """The sum of partial sums for the same rows, in float32, rounded once to `dtype`."""
-    if len(partials) == 1:
-        return partials[0].to(dtype)
-    if len(partials) == 2 and partials[0].dtype == partials[1].dtype == dtype:
-        # Of 16-bit types, too, torch adds two in float32.
-        return torch.add(partials[0], partials[1], out=room)
-    total = torch.empty(partials[0].shape, dtype=dtype) if room is None else room
+    dtype = hidden_TH.dtype
+    partials = [partial for rows, partial in contributions if rows is None]
+    if len(partials) == len(contributions):
+        if len(partials) == 1:
+            return partials[0].to(dtype)
+        if len(partials) == 2 and partials[0].dtype == partials[1].dtype == dtype:
+            # Of 16-bit types, too, torch adds two in float32.
+            return torch.add(partials[0], partials[1], out=room_TH)
+    total = torch.empty(hidden_TH.shape, dtype=dtype) if room_TH is None else room_TH
+    # In blocks that stay in the cache: the float32 sums of a large batch would be twice its size.
     for start in range(0, len(total), _COMBINE_ROWS):
-        block = slice(start, start + _COMBINE_ROWS)
-        summed = partials[0][block].float()
-        for partial in partials[1:]:
-            summed += partial[block]
-        total[block] = summed
+        block = total[start : start + _COMBINE_ROWS]
+        summed = torch.zeros(block.shape, dtype=torch.float32)
+        for rows, partial in contributions:
+            _add(summed, start, rows, partial)
+        block.copy_(summed)
     return total
+
+
+def _add(
+    summed: torch.Tensor, start: int, rows: npt.NDArray[np.int64] | None, partial: torch.Tensor
+) -> None:
+    """Adds to the sums of rows `start` and on what one partial sum has for them."""
+    stop = start + len(summed)
+    if rows is None:
+        summed += partial[start:stop]
+        return
+    if start or (len(rows) and rows[-1] >= stop):
+        first, last = np.searchsorted(rows, (start, stop))
+        rows, partial = rows[first:last] - start, partial[first:last]
+    summed.index_add_(0, torch.from_numpy(rows), partial.float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,6 +133,35 @@ def test_combine_of_dispatch_equals_the_dense_layer() -> None:
 
     dense = torch.einsum("tk,th,tkhd->td", weights, hidden, experts[ids.long()])
     torch.testing.assert_close(combined, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("in_room", [False, True], ids=["fresh", "in room"])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 700])
+def test_a_sum_over_blocks_of_rows_is_rounded_once(
+    rows: int, in_room: bool, dtype: torch.dtype
+) -> None:
+    generator = np.random.default_rng(rows)
+    hidden = torch.zeros(rows, 4, dtype=dtype)
+    room = torch.full_like(hidden, torch.nan) if in_room else None
+    asked = [
+        None,
+        np.flatnonzero(generator.random(rows) < 0.5),
+        np.arange(rows - 1, rows),  # nothing for the first blocks
+        np.arange(1),  # and nothing for later ones
+    ]
+    contributions = [
+        (each, torch.randn(rows if each is None else len(each), 4).to(dtype)) for each in asked
+    ]
+
+    combined = dispatch.combine(hidden, contributions, room)
+
+    expected = torch.zeros(rows, 4)
+    for each, partial in contributions:
+        expected[slice(None) if each is None else torch.from_numpy(each)] += partial.float()
+    assert combined.dtype == dtype
+    assert torch.equal(combined, expected.to(dtype))
+    assert room is None or combined is room
 
 
 def test_rows_without_contributions_are_zero_and_no_rows_give_none() -> None:
