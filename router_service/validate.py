@@ -125,8 +125,8 @@ def _check_finite(hidden: torch.Tensor) -> None:
         return
     # Two maxima in numpy: nothing is copied, and it keeps the interpreter lock (codec.tensors).
     signed, unsigned, positive, negative = _INFINITY[hidden.dtype]
-    bits = hidden.view(signed).numpy()
-    if bits.max() < positive and bits.view(unsigned).max() < negative:
+    bits, largest = hidden.view(signed).numpy(), np.maximum.reduce
+    if largest(bits, None) < positive and largest(bits.view(unsigned), None) < negative:
         return
     bad = ~torch.isfinite(hidden)
     if bool(bad.any()):

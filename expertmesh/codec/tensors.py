@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,8 @@ NUMBER_BY_DTYPE: dict[torch.dtype, int] = {
 }
 DTYPE_BY_NUMBER = {number: dtype for dtype, number in NUMBER_BY_DTYPE.items()}
 _MAX_RANK = 8
+#: Layouts of tensors, as encoders write and decoders find them: a layer's sizes come again and again.
+_REMEMBERED = 1024
 
 # Small tensors pass through numpy, which keeps the interpreter lock: every torch operation lets it
 # go, and with the event loop's and gRPC's threads about, getting it back costs more than the work.
@@ -42,6 +46,18 @@ _NUMPY_BY_DTYPE: dict[torch.dtype, npt.DTypeLike] = {
     torch.int64: np.int64,
 }
 _IN_NUMPY = frozenset((torch.float32, torch.float16, torch.int32, torch.int64))
+
+
+class _Layout(NamedTuple):
+    """What the bytes before a tensor's elements say, once it has been checked."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    total: int  # bytes of the whole tensor
+    have: int  # bytes of elements that follow
+
+
+_layouts: dict[bytes, _Layout] = {}
 
 
 @dataclass(slots=True)
@@ -119,15 +135,19 @@ def header(tensor: torch.Tensor, number: int, data_length: int) -> tuple[bytes, 
 
     `data_length` is the number of element bytes that follow, fewer than all for a prefix.
     """
-    shape = b"".join(map(wire.varint, tensor.shape))
-    head = b"\x08" + wire.varint(NUMBER_BY_DTYPE[tensor.dtype])
-    if shape:
-        head += wire.field_bytes(2, shape)
+    head = _header(tensor.dtype, tensor.shape, number, data_length)
+    return head, len(head) + data_length
+
+
+@lru_cache(_REMEMBERED)
+def _header(dtype: torch.dtype, shape: torch.Size, number: int, data_length: int) -> bytes:
+    extents = b"".join(map(wire.varint, shape))
+    head = b"\x08" + wire.varint(NUMBER_BY_DTYPE[dtype])
+    if extents:
+        head += wire.field_bytes(2, extents)
     if data_length:
         head += wire.length_prefix(3, data_length)
-    length = len(head) + data_length
-    head = wire.length_prefix(number, length) + head
-    return head, len(head) + data_length
+    return wire.length_prefix(number, len(head) + data_length) + head
 
 
 def field(number: int, tensor: torch.Tensor | None) -> bytes:
@@ -144,8 +164,34 @@ def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorP
     Raises InvalidRequestError when the parts disagree, MessageTooLargeError when the shape holds
     more than `max_bytes`.
     """
-    if (usual := _read_usual(buffer, at, end)) is not None:
-        return _checked(buffer, *usual, name, max_bytes)
+    start = _elements_at(buffer, at, end)
+    layout = _layouts.get(buffer[at:start])
+    if layout is not None and layout.have == end - start and layout.total <= max_bytes:
+        return TensorPart(layout.dtype, layout.shape, layout.total, layout.have, buffer, start)
+    part, stop = _read_fields(buffer, at, end, name, max_bytes)
+    if part.start == start and stop == end:  # whatever stands before the elements is the layout
+        if len(_layouts) >= _REMEMBERED:
+            _layouts.clear()
+        layout = _Layout(part.dtype, part.shape, part.total, part.have)
+        _layouts[buffer[at:start]] = layout
+    return part
+
+
+def _elements_at(buffer: bytes, at: int, end: int) -> int:
+    """Where the elements begin, if the tensor is laid out as every encoder does it."""
+    if end - at < 6:
+        return at
+    start = at + 5 + buffer[at + 3]  # type and extents, each with its tag, and the elements' tag
+    last = min(end - 1, start + 5)
+    while start < last and buffer[start] > 127:
+        start += 1
+    return start + 1
+
+
+def _read_fields(
+    buffer: bytes, at: int, end: int, name: str, max_bytes: int
+) -> tuple[TensorPart, int]:
+    """The tensor, read field by field, and where its elements end."""
     dtype_number, shape, start, stop = 0, [], at, at
     for number, kind, value, upto in wire.fields(buffer, at, end):
         if number == 1:
@@ -158,28 +204,7 @@ def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorP
         elif number == 3:
             wire.expect(kind, wire.BYTES, f"{name}.data")
             start, stop = value, upto
-    return _checked(buffer, dtype_number, tuple(shape), start, stop, name, max_bytes)
-
-
-def _read_usual(buffer: bytes, at: int, end: int) -> tuple[int, tuple[int, ...], int, int] | None:
-    """(data type, shape, span of the elements) of a tensor as every encoder lays it out.
-
-    None for anything else, which is read field by field.
-    """
-    if end - at < 6 or buffer[at] != 0x08 or buffer[at + 2] != 0x12:
-        return None
-    dtype_number, position = buffer[at + 1], at + 4
-    data_at = position + buffer[at + 3]
-    if dtype_number > 127 or buffer[at + 3] > 5 * _MAX_RANK or data_at >= end:
-        return None
-    shape = []
-    while position < data_at:
-        extent, position = wire.read_varint(buffer, position, data_at)
-        shape.append(wire.signed(extent))
-    if buffer[data_at] != 0x1A or len(shape) > _MAX_RANK:
-        return None
-    length, data_at = wire.read_varint(buffer, data_at + 1, end)
-    return (dtype_number, tuple(shape), data_at, end) if data_at + length == end else None
+    return _checked(buffer, dtype_number, tuple(shape), start, stop, name, max_bytes), stop
 
 
 def _extents(buffer: bytes, kind: int, value: int, upto: int, name: str) -> list[int]:

@@ -109,6 +109,32 @@ def test_every_pair_is_asked_exactly_once_of_a_server_that_holds_it(data: st.Dat
         assert (part.expert_ids >= 0).any(1).all()
 
 
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_one_row_is_planned_as_it_would_be_among_others(data: st.DataObject) -> None:
+    """By another algorithm, to the same end: the row is first among two, the other asks nothing."""
+    servers, experts = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
+    seed = data.draw(st.integers(0, 2**16))
+    generator = np.random.default_rng(seed)
+    holds = generator.random((servers, experts)) < data.draw(st.sampled_from((0.2, 0.5, 0.9)))
+    ids = generator.permutation(np.arange(-1, experts))[None, : data.draw(st.integers(1, 9))]
+    ids = ids.astype(np.int32)
+    holders = Holders(holds, generator.random(servers) + 0.1)
+
+    parts, unplaced = dispatch.plan(ids, holders, seed)
+    both = np.concatenate((ids, np.full_like(ids, -1)))
+    of_two, unplaced_of_two = dispatch.plan(both, holders, seed)
+
+    assert [part.server for part in parts] == [part.server for part in of_two]
+    for part, other in zip(parts, of_two, strict=True):
+        assert part.expert_ids.dtype == np.int32
+        assert part.rows is None
+        np.testing.assert_array_equal(part.expert_ids[0], other.ids_among(2)[0])
+    assert (unplaced is None) == (unplaced_of_two is None)
+    if unplaced is not None and unplaced_of_two is not None:
+        np.testing.assert_array_equal(unplaced[0], unplaced_of_two[0])
+
+
 def test_combine_of_dispatch_equals_the_dense_layer() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(50, 8, generator=generator)
