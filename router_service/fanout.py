@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from expertmesh.errors import (
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.answering import first_mesh_error
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.timers import Timers
 from router_service.link import ServerLink
 from router_service.pool import ExpertPool
 from router_service.routing import RoutedBatch
@@ -115,6 +117,7 @@ class FanOut:
         self._config = config
         self.hedges = 0  # parts asked of a replica because their server was silent
         self._salt = 0
+        self._timers = Timers()
         self._hedges = HedgeBudget(config.hedge_burst, config.hedge_share)
 
     async def run(
@@ -158,10 +161,28 @@ class FanOut:
     async def _wait_for_all(self, run: _Run, asks: list[_Ask]) -> None:
         """Returns when all are answered, one has failed, or the patience with one ends."""
         futures = [ask.future for ask in asks if not ask.future.done()]
-        if futures:
-            patience_s = min(ask.patience_s for ask in asks)
-            wait_s = max(0.0, min(patience_s, run.deadline.remaining))
-            await asyncio.wait(futures, timeout=wait_s, return_when=asyncio.FIRST_EXCEPTION)
+        if not futures:
+            return
+        left, enough = len(futures), asyncio.get_running_loop().create_future()
+
+        def answered(future: asyncio.Future[ExecuteResponse]) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 or not _succeeded(future):
+                _wake(enough)
+
+        for future in futures:
+            future.add_done_callback(answered)
+        patience_s = min(ask.patience_s for ask in asks)
+        wait_s = max(0.0, min(patience_s, run.deadline.remaining))
+        timer = self._timers.after(wait_s, partial(_wake, enough))
+        try:
+            await enough
+        finally:
+            timer.cancel()
+            for future in futures:
+                if not future.done():
+                    future.remove_done_callback(answered)
 
     async def _plan_until_placed(
         self, run: _Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
@@ -321,6 +342,11 @@ class HedgeBudget:
             return False
         self._left -= 1.0
         return True
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _failed(error: MeshError) -> asyncio.Future[ExecuteResponse]:

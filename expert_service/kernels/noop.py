@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
@@ -48,9 +49,11 @@ class NoopBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See Backend."""
-        total_R1 = torch.where(expert_ids_RK >= 0, weights_RK, 0.0).sum(1, keepdim=True)
+        # In numpy, whose calls cost a third of torch's between two requests.
+        asked_RK = np.where(expert_ids_RK.numpy() >= 0, weights_RK.numpy(), np.float32(0.0))
+        total_R1 = torch.from_numpy(np.add.reduce(asked_RK, 1, keepdims=True))
         out_RH = torch.empty_like(hidden_RH)
         for start in range(0, len(hidden_RH), _ROWS):  # what is in float32 stays in the cache
             rows = slice(start, start + _ROWS)
-            out_RH[rows] = hidden_RH[rows] * total_R1[rows]
+            torch.mul(hidden_RH[rows], total_R1[rows], out=out_RH[rows])
         return out_RH

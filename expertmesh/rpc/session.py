@@ -27,6 +27,7 @@ from expertmesh.rpc.arena import Bytes
 from expertmesh.rpc.borrowing import Borrowed, Borrower
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.outbox import Outbox
+from expertmesh.rpc.timers import Timer, Timers
 
 _NO_FRAME = -1  # in an outbox: a message that belongs to no frame
 _LARGE_BYTES = 1 << 20  # answers from here on are copied on a thread, not on the event loop
@@ -72,7 +73,7 @@ class _Frame:
         self.deadline = deadline
         self.size = size
         self.task: asyncio.Task[None] | None = None  # once every chunk is here
-        self.timer: asyncio.TimerHandle | None = None  # where there is a deadline
+        self.timer: Timer | None = None  # where there is a deadline
 
 
 class FrameSession:
@@ -92,6 +93,7 @@ class FrameSession:
         self._borrowed: dict[int, Borrowed] = {}  # of frames that ended, until they are returned
         self._outbox = Outbox()
         self._answered = asyncio.Event()
+        self._timers = Timers()
         self._stream_deadline = Deadline.after(context.time_remaining())
         self._loop = asyncio.get_running_loop()
 
@@ -122,6 +124,7 @@ class FrameSession:
                 streams.discard(reader)
                 for frame_id in list(self._frames):
                     self._cancel(frame_id)
+                self._timers.close()
                 self._outbox.clear()
                 writer.cancel()
         error = None if reader.cancelled() else reader.result()
@@ -194,7 +197,8 @@ class FrameSession:
             deadline = Deadline(min(deadline.at, Deadline.after(message.timeout_us / 1e6).at))
         frame = self._frames[message.frame_id] = _Frame(pending, deadline, size, borrowed)
         if deadline.timeout is not None:
-            frame.timer = self._loop.call_later(deadline.timeout, self._expire, message.frame_id)
+            expire = partial(self._expire, message.frame_id)
+            frame.timer = self._timers.after(deadline.timeout, expire)
         self._start_if_complete(message.frame_id, frame, group)
 
     def _continue(self, buffer: bytes, message: frames.Chunk, group: asyncio.TaskGroup) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, Generic
 
 import grpc
@@ -27,6 +28,7 @@ from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.outbox import Outbox
 from expertmesh.rpc.tasks import TaskSet
+from expertmesh.rpc.timers import Timers
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class FrameStream:
         self._outbox = Outbox()
         self._credit = CreditGate(self._outbox.put)
         self._tasks = TaskSet()
+        self._timers = Timers()
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[MeshError] = self._loop.create_future()
         self._tasks.spawn(self._write_all(), f"write {peer}")
@@ -101,7 +104,7 @@ class FrameStream:
         future = self.begin(request, deadline, traceparent)
         if deadline.timeout is None:
             return await future
-        timer = self._loop.call_later(deadline.timeout, self._expire, future)
+        timer = self._timers.after(deadline.timeout, partial(self._expire, future))
         try:
             return await future
         finally:
@@ -175,6 +178,7 @@ class FrameStream:
         """Ends the stream; frames in flight fail with UnavailableError."""
         self._break(UnavailableError(f"the stream to {self._peer} was closed"))
         self._call.cancel()
+        self._timers.close()
         await self._tasks.close()
 
     async def _write_all(self) -> None:
