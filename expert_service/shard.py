@@ -30,6 +30,8 @@ _Ids = npt.NDArray[np.int32]
 _NAMED = 8  # experts that an error names: enough to look for, few enough for a header
 Weights = ExpertWeights | Fp8ExpertWeights
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Up to so many pairs Python's own loop counts sooner than numpy's calls.
+_FEW_PAIRS = 16
 
 
 class ExpertShard:
@@ -282,6 +284,10 @@ class _LayerState:
 
     def count(self, ids_RK: _Ids) -> None:
         """Counts each asked pair once; those with id -1 go to the entry at the end."""
+        if ids_RK.size <= _FEW_PAIRS:
+            for expert in ids_RK.ravel().tolist():
+                self.counts_E[expert] += 1
+            return
         experts = len(self.counts_E)
         self.counts_E += np.bincount(ids_RK.ravel() % experts, minlength=experts)
 

@@ -194,7 +194,7 @@ class ExpertConfig:
     merge_rows: int = 256  # waiting requests of a layer are computed together up to this: beyond,
     # arithmetic and no longer the reading of weights takes the time
     block_rows: int = 1024  # a larger request lets others go first after each so many rows
-    inline_compute_s: float = 1e-4  # what usually takes less is computed on the event loop when
+    inline_compute_s: float = 2.5e-4  # what usually takes less is computed on the event loop when
     # nobody waits: the way to the device thread and back would take longer
     announce_every_s: float = 1.0  # heartbeat to the controller, whatever the load takes
     load_share: float = 0.25  # of one core, for slots that are loaded while requests are answered:

@@ -100,10 +100,10 @@ def _select_few(scores_TE: _Floats, spec: GateSpec, bias_E: _Floats | None) -> R
     ids_TK = _largest(choice_TE, spec.top_k)
     weights_TK = scores_TE[np.arange(len(ids_TK))[:, None], ids_TK]
     if spec.renormalize:
-        total_T1 = np.add.reduce(weights_TK, 1, keepdims=True)
-        weights_TK = weights_TK / (total_T1 + np.float32(spec.renormalize_eps))
+        total_T1: _Floats = np.add.reduce(weights_TK, 1, keepdims=True)
+        weights_TK /= total_T1 + np.float32(spec.renormalize_eps)
     if spec.scale != 1.0:
-        weights_TK = weights_TK * np.float32(spec.scale)
+        weights_TK *= np.float32(spec.scale)
     return Routing(torch.from_numpy(ids_TK.astype(np.int32)), torch.from_numpy(weights_TK))
 
 

@@ -26,7 +26,13 @@ class Answer:
     expert_ids: npt.NDArray[np.int32]  # [T, k] routed experts, -1 for none
     expert_weights: npt.NDArray[np.float32]  # [T, k]
     snapshot: Snapshot
-    retried_T: npt.NDArray[np.int64]  # by row: pairs that had to be sent again
+    #: By row: pairs that had to be sent again; None where none had.
+    retried_T: npt.NDArray[np.int64] | None
+
+    @property
+    def retried_pairs(self) -> int:
+        """(row, expert) pairs that had to be sent again."""
+        return 0 if self.retried_T is None else int(self.retried_T.sum())
 
 
 @dataclass(slots=True, eq=False)
@@ -156,7 +162,7 @@ def split(members: list[Member], answer: Answer) -> list[Answer]:
                 answer.expert_ids[start:stop],
                 answer.expert_weights[start:stop],
                 answer.snapshot,
-                answer.retried_T[start:stop],
+                None if answer.retried_T is None else answer.retried_T[start:stop],
             )
         )
         start = stop

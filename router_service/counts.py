@@ -8,6 +8,9 @@ import numpy.typing as npt
 from expertmesh.model import ModelSpec
 from expertmesh.v1 import control_pb2, router_pb2
 
+#: Up to so many pairs Python's own loop counts sooner than numpy's calls.
+_FEW_PAIRS = 16
+
 
 class AssignmentCounts:
     """Totals since this router started. Used from one event loop."""
@@ -34,6 +37,11 @@ class AssignmentCounts:
         table = (self._caller if caller_gated else self._gated).get(layer)
         if table is not None:
             self._repeats[layer] += retried
+            if expert_ids.size <= _FEW_PAIRS:
+                for expert in expert_ids.ravel().tolist():
+                    if expert >= 0:
+                        table[expert] += 1
+                return
             # Shifted by one, so that -1 falls into a bin of its own.
             table += np.bincount(expert_ids.ravel() + 1, minlength=len(table) + 1)[1:]
 

@@ -49,7 +49,8 @@ class FanOutResult:
     """Partial sums whose pairs are disjoint and together are all pairs of the batch."""
 
     contributions: list[Contribution]
-    retried_T: npt.NDArray[np.int64]  # by row: pairs that had to be sent again
+    #: By row: pairs that had to be sent again; None where none had.
+    retried_T: npt.NDArray[np.int64] | None
 
 
 @dataclass(slots=True)
@@ -60,7 +61,7 @@ class _Run:
     layer: int
     deadline: Deadline
     salt: int
-    retried_T: npt.NDArray[np.int64]
+    retried_T: npt.NDArray[np.int64] | None = None  # see FanOutResult
     broken: dict[str, int] = field(default_factory=dict)  # internal errors by server
 
     @property
@@ -69,6 +70,8 @@ class _Run:
 
     def count_again(self, part: Part) -> None:
         """Notes that a part's pairs are sent again."""
+        if self.retried_T is None:
+            self.retried_T = np.zeros(self.rows, np.int64)
         pairs_R = (part.expert_ids >= 0).sum(1)
         if part.rows is None:
             self.retried_T += pairs_R
@@ -128,8 +131,7 @@ class FanOut:
         Raises UnavailableError when a pair finds no server before the deadline, DeadlineError.
         """
         self._salt += 1
-        retried_T = np.zeros(len(batch.hidden), np.int64)
-        run = _Run(batch, layer, deadline, self._salt, retried_T)
+        run = _Run(batch, layer, deadline, self._salt)
         contributions = await self._complete(run, batch.expert_ids, snapshot.slots, frozenset())
         return FanOutResult(contributions, run.retried_T)
 

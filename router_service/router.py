@@ -64,7 +64,7 @@ class Router:
             layer.index,
             answer.expert_ids,
             caller_gated=request.expert_ids is not None,
-            retried=int(answer.retried_T.sum()),
+            retried=answer.retried_pairs,
         )
         self.request_seconds[layer.kind].observe(time.perf_counter() - started_at)
         return _response(request, answer, layer.top_k)
@@ -76,7 +76,7 @@ class Router:
             np.empty((0, k), np.int32),
             np.empty((0, k), np.float32),
             self.snapshot,
-            np.zeros(0, np.int64),
+            None,
         )
 
     def _queue(self, layer: LayerSpec, hidden: torch.Tensor) -> LayerQueue:
@@ -97,8 +97,12 @@ class Router:
     ) -> list[Answer]:
         """One batch, with one snapshot from its start to its end."""
         snapshot = self.snapshot
-        with self._epochs.using(snapshot.slots.epoch):
+        epoch = snapshot.slots.epoch
+        self._epochs.begin(epoch)
+        try:
             return await self._answer(layer, members, snapshot, deadline)
+        finally:
+            self._epochs.end(epoch)
 
     async def _answer(
         self, layer: LayerSpec, members: list[Member], snapshot: Snapshot, deadline: Deadline
@@ -183,7 +187,7 @@ def _response(request: ForwardRequest, answer: Answer, top_k: int) -> ForwardRes
         hidden_states=answer.hidden_states,
         bias_version=answer.snapshot.bias_version,
         epoch=answer.snapshot.slots.epoch,
-        retried_pairs=int(answer.retried_T.sum()),
+        retried_pairs=answer.retried_pairs,
     )
     if request.want_detail:
         # Requests merged with this one may have brought more columns.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -73,16 +72,15 @@ class EpochsInUse:
     def __init__(self) -> None:
         self._batches: dict[int, int] = {}
 
-    @contextmanager
-    def using(self, epoch: int) -> Iterator[None]:
-        """One batch uses the epoch for as long as this lasts."""
+    def begin(self, epoch: int) -> None:
+        """One more batch uses the epoch, until `end`."""
         self._batches[epoch] = self._batches.get(epoch, 0) + 1
-        try:
-            yield
-        finally:
-            self._batches[epoch] -= 1
-            if not self._batches[epoch]:
-                del self._batches[epoch]
+
+    def end(self, epoch: int) -> None:
+        """A batch that used the epoch has ended."""
+        self._batches[epoch] -= 1
+        if not self._batches[epoch]:
+            del self._batches[epoch]
 
     def oldest(self, otherwise: int) -> int:
         """The oldest epoch in use, `otherwise` when none is."""

@@ -32,7 +32,7 @@ NUMBER_BY_DTYPE: dict[torch.dtype, int] = {
 }
 DTYPE_BY_NUMBER = {number: dtype for dtype, number in NUMBER_BY_DTYPE.items()}
 _MAX_RANK = 8
-#: Layouts of tensors, as encoders write and decoders find them: a layer's sizes come again and again.
+#: Layouts of tensors, as encoders write and decoders find them: sizes come again and again.
 _REMEMBERED = 1024
 
 # Small tensors pass through numpy, which keeps the interpreter lock: every torch operation lets it

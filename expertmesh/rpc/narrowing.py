@@ -54,10 +54,13 @@ def widening(handle: Handler) -> Handler:
     for scales that do not fit.
     """
 
-    async def call(request: Any, deadline: Deadline) -> Any:
+    def call(request: Any, deadline: Deadline) -> Awaitable[Any]:
         hidden, scale = request.hidden_states, request.hidden_states_scale
-        if hidden.dtype != narrow.FP8 and scale is None:
-            return await handle(request, deadline)
+        is_plain = hidden.dtype != narrow.FP8 and scale is None
+        return (handle if is_plain else widened)(request, deadline)
+
+    async def widened(request: Any, deadline: Deadline) -> Any:
+        hidden, scale = request.hidden_states, request.hidden_states_scale
         narrow.check(hidden, scale)
         size = hidden.numel()
         request.hidden_states = await off_loop(size, narrow.widened, hidden, scale, torch.bfloat16)

@@ -80,6 +80,7 @@ def test_a_request_alone_waits_for_nobody_and_the_others_leave_together() -> Non
     assert sizes[0] == 1
     for i, answer in enumerate(answers):
         assert answer.hidden_states.tolist() == [[2.0 * i] * 2] * (i + 1)
+        assert answer.retried_T is not None
         assert len(answer.retried_T) == i + 1
 
 

@@ -74,12 +74,14 @@ def test_slots_of_experts_that_the_model_does_not_have_are_left_out() -> None:
 def test_the_oldest_epoch_is_that_of_a_batch_in_flight() -> None:
     epochs = EpochsInUse()
 
-    with epochs.using(4):
-        with epochs.using(6):
-            nested = epochs.oldest(6)
-        still = epochs.oldest(6)
+    epochs.begin(4)
+    epochs.begin(6)
+    both = epochs.oldest(7)
+    epochs.end(4)
+    later = epochs.oldest(7)
+    epochs.end(6)
 
-    assert (nested, still, epochs.oldest(6)) == (4, 4, 6)
+    assert (both, later, epochs.oldest(7)) == (4, 6, 7)
 
 
 def test_a_placement_brings_the_rates_of_its_servers_and_1_where_it_names_none() -> None:
