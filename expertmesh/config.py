@@ -281,3 +281,49 @@ class AutoscaleConfig:
         """
         kinds: dict[str, str] = {each.name: str(each.type) for each in fields(self)}
         return replace(self, **_changes(settings, kinds, "autoscale"))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebalanceConfig:
+    """When experts move between servers by themselves, to even out what the servers have to do.
+
+    Moving costs the reading of weights, and noise is no skew: so it is planned from an average of
+    windows, and a layer moves only where that brings enough.
+    """
+
+    window_s: float = (
+        10.0  # what routers count in so long is one window; and how often it is looked
+    )
+    half_life_windows: float = 6.0  # a window that is so many windows old weighs half
+    least_assignments: int = 65536  # of a layer, in the average: with fewer, noise looks like skew
+    # (256 experts: 6 % of an expert's count)
+    max_violation: float = 0.15  # MaxVio over servers of the worst layer; up to it, nothing moves
+    least_gain: float = 0.05  # by which a layer's MaxVio must fall, beyond what its moves cost
+    pause_s: float = 60.0  # between the end of one migration and the next
+    redundant: int | None = (
+        None  # slots of a layer beyond one an expert; None: as many as there are
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("window_s", "half_life_windows"):
+            value = getattr(self, name)
+            _require(0 < value < math.inf, f"rebalance.{name}", value, "a number > 0")
+        for name in ("max_violation", "least_gain", "pause_s"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"rebalance.{name}", value, "a number >= 0")
+        _require(self.least_assignments >= 1, "rebalance.least_assignments",
+                 self.least_assignments, ">= 1")  # fmt: skip
+        _require(self.redundant is None or self.redundant >= 0, "rebalance.redundant",
+                 self.redundant, ">= 0 or None")  # fmt: skip
+
+    def with_settings(self, settings: Sequence[str]) -> RebalanceConfig:
+        """This configuration with settings like "pause_s=30" changed. Raises ConfigError."""
+        kinds: dict[str, str] = {each.name: str(each.type) for each in fields(self)}
+        return replace(self, **_changes(settings, kinds, "rebalance"))  # type: ignore[arg-type]
+
+
+def rebalance_config(settings: str | None) -> RebalanceConfig | None:
+    """From "pause_s=30,max_violation=0.1"; the defaults from "", None from None."""
+    if settings is None:
+        return None
+    return RebalanceConfig().with_settings(settings.split(",") if settings else ())

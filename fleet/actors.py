@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 import torch
 
-from expertmesh.config import BalanceConfig, RouterConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig
 from expertmesh.errors import MeshError, UnavailableError
 from expertmesh.rpc import loop
 from expertmesh.rpc.process import keep_what_is_loaded, setup_logging
@@ -78,13 +78,22 @@ class LoadControllerActor(ServiceHost):
     """The load controller; its file keeps its state and port over restarts."""
 
     def __init__(
-        self, state_file: str, balance: BalanceConfig, host: str, metrics_port: int | None = None
+        self,
+        state_file: str,
+        balance: BalanceConfig,
+        rebalance: RebalanceConfig | None,
+        host: str,
+        metrics_port: int | None = None,
     ) -> None:
         setup_logging()
         host = host or ray.util.get_node_ip_address()
         super().__init__(
             lambda: ControllerServer(
-                state_file, host=host, balance=balance, metrics_port=metrics_port
+                state_file,
+                host=host,
+                balance=balance,
+                rebalance=rebalance,
+                metrics_port=metrics_port,
             )
         )
 

@@ -117,6 +117,11 @@ def set_server_bounds(address: str, min_replicas: int, max_replicas: int) -> Non
     loop.run(_call(address, "SetServerBounds", request))
 
 
+def set_rebalancing(address: str, *, enabled: bool) -> None:
+    """Lets experts move by themselves, or stops that. Raises UnavailableError."""
+    loop.run(_call(address, "SetRebalancing", pb.SetRebalancingRequest(enabled=enabled)))
+
+
 def take_lease(address: str, owner: str, seconds: float, report: pb.ScalingReport) -> int:
     """Takes, keeps or (0) gives back the right to add and remove servers; its fencing number.
 

@@ -23,6 +23,7 @@ from expertmesh.client import connect
 from expertmesh.config import (
     AutoscaleConfig,
     BalanceConfig,
+    RebalanceConfig,
     RouterConfig,
     SharedMemoryConfig,
     WireDtype,
@@ -148,6 +149,7 @@ def launch(
     cpus_per_server: float | None = None,
     metrics_port: int | None = None,
     autoscale: AutoscaleConfig | None = None,
+    rebalance: RebalanceConfig | None = None,
     shared_memory: str = "off",
     wire_dtype: WireDtype | None = None,
     progress: Progress | None = None,
@@ -175,10 +177,11 @@ def launch(
 
     With `autoscale` a supervisor adds and removes servers as the load asks for, beginning with
     `shards` x `replicas`; it needs `ray_address` and `cpus_per_server`. A server takes at most the
-    slots of one part. See docs/operations.md. With `shared_memory` "auto" routers share memory with
-    the expert servers of their node. `wire_dtype` is what hidden states and partial sums travel as
-    between routers and expert servers, "bfloat16" for instance (docs/protocol.md has the error);
-    None for the caller's own type.
+    slots of one part. With `rebalance` experts move between servers by themselves, where some have
+    more to do than others. See docs/operations.md. With `shared_memory` "auto" routers share memory
+    with the expert servers of their node. `wire_dtype` is what hidden states and partial sums
+    travel as between routers and expert servers, "bfloat16" for instance (docs/protocol.md has the
+    error); None for the caller's own type.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
@@ -215,8 +218,8 @@ def launch(
     try:
         request = fixed or _plan(parts, replicas, spec, held_dtype, device, services)
         if not controller:
-            _start_services(cluster, path, run_dtype, balance, port, routers, host, ports.services,
-                            between)  # fmt: skip
+            _start_services(cluster, path, run_dtype, balance, rebalance, between, port, routers,
+                            host, ports.services)  # fmt: skip
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
@@ -316,13 +319,14 @@ def _nodes() -> list[Node]:
 
 
 def _start_services(
-    cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig, port: int,
-    routers: int, host: str, metrics: Sequence[int | None], config: RouterConfig,
+    cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig,
+    rebalance: RebalanceConfig | None, config: RouterConfig, port: int, routers: int, host: str,
+    metrics: Sequence[int | None],
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
     options = _beside_us()
     cluster.controller = LoadControllerActor.options(**options).remote(  # type: ignore[attr-defined]
-        str(cluster._folder / "controller.sqlite"), balance, host, metrics[0]
+        str(cluster._folder / "controller.sqlite"), balance, rebalance, host, metrics[0]
     )
     cluster.controller_address = get(cluster.controller.address.remote(), "the load controller")
     for index in range(routers):

@@ -7,7 +7,7 @@ import sys
 
 import uvloop
 
-from expertmesh.config import BalanceConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RpcConfig, rebalance_config
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from load_controller.server import ControllerServer
 
@@ -29,6 +29,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="a setting of BalanceConfig, as max_delta=0.1; may be repeated",
     )
+    parser.add_argument(
+        "--rebalance",
+        nargs="?",
+        const="",
+        metavar="NAME=VALUE,...",
+        help="let experts move by themselves where servers have unequally much to do",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -38,6 +45,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         arguments.state,
         host=arguments.host,
         balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
+        rebalance=rebalance_config(arguments.rebalance),
         rpc=RpcConfig(port=arguments.port),
         metrics_port=arguments.metrics_port,
     )

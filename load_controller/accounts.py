@@ -81,6 +81,14 @@ class Accounts:
             self._store.save_report(kind, report)
         return news
 
+    def assignments(self) -> dict[int, Counts]:
+        """Every layer's assignments so far, by either gate: [E]."""
+        totals = self._ledgers[ROUTER].totals()
+        return {
+            layer: row[: _experts(row)] + row[_experts(row) : 2 * _experts(row)]
+            for layer, row in totals.items()
+        }
+
     def layer_loads(self) -> list[router_pb2.LayerLoad]:
         """Assignments of every layer that has any report."""
         loads = []

@@ -22,6 +22,7 @@ from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
 from load_controller.migration import Copy, Step, check_rates
+from load_controller.rebalancer import Holder
 from load_controller.scaling import Scaling
 from load_controller.store import Store
 
@@ -244,6 +245,22 @@ class LoadController:
             for server_id, entry in self._servers.items()
             if entry.server.state == "ready"
         }
+
+    def holders(self) -> list[Holder]:
+        """The same, with each server's node."""
+        return [
+            Holder(name, self._servers[name].server.node, held)
+            for name, held in sorted(self.shown().items())
+        ]
+
+    def rebalancing_setting(self) -> bool | None:
+        """Whether experts may move by themselves, as set by hand; None where nobody has."""
+        said = self._store.meta("rebalancing")
+        return None if said is None else said == "on"
+
+    def set_rebalancing(self, enabled: bool) -> None:
+        """Notes what was set by hand."""
+        self._store.set_meta("rebalancing", "on" if enabled else "off")
 
     def state_of(self, server_id: str) -> str:
         """A server's state. Raises InvalidRequestError for one that is not known."""

@@ -11,6 +11,7 @@ from typing import get_args
 from expertmesh.config import BalanceMode
 from expertmesh.model import SERVER_STATES
 from expertmesh.telemetry.metric import Metric, Reading, one_of
+from expertmesh.v1 import control_pb2 as pb
 from load_controller.controller import LoadController
 
 ALIVE_WITHIN_S = 5.0  # the loop turns ten times a second: fifty turns in a row are missing
@@ -83,10 +84,47 @@ SERVERS = Metric(
     "Expert servers that were ever announced, by state",
     ("state",),
 )
+SERVER_MAXVIO = Metric(
+    "expertmesh_controller_server_maxvio",
+    "gauge",
+    "MaxVio over servers of the layer's average load, as last looked at for rebalancing",
+    ("layer",),
+)
+REBALANCING = Metric(
+    "expertmesh_controller_rebalancing", "gauge", "1 while experts may move by themselves"
+)
+REBALANCES = Metric(
+    "expertmesh_controller_rebalances_total",
+    "counter",
+    "Migrations that rebalancing began",
+    ("outcome",),
+)
+REBALANCED = Metric(
+    "expertmesh_controller_rebalanced_slots_total", "counter", "Slots that rebalancing has loaded"
+)
+WANTED = Metric(
+    "expertmesh_controller_servers_wanted",
+    "gauge",
+    "Expert servers that the supervisor wants; 0 where there is none",
+)
+STARTING = Metric(
+    "expertmesh_controller_servers_starting",
+    "gauge",
+    "Expert servers that the supervisor has asked for and that do not answer yet",
+)
+SUPERVISED = Metric(
+    "expertmesh_controller_supervised", "gauge", "1 while a supervisor holds the lease"
+)
 
 
-def read(controller: LoadController, pushes: int, age_s: float) -> Iterator[Reading]:
-    """Every number, now; `age_s` is since the balancing loop last turned."""
+def read(
+    controller: LoadController,
+    rebalancing: pb.RebalanceReport,
+    pushes: int,
+    now: float,
+    age_s: float,
+) -> Iterator[Reading]:
+    """Every number at `now`; `age_s` is since the balancing loop last turned."""
     balancer = controller.balancer
     yield AGE.of(age_s)
     yield ALIVE.of(age_s < ALIVE_WITHIN_S)
@@ -106,6 +144,21 @@ def read(controller: LoadController, pushes: int, age_s: float) -> Iterator[Read
         yield DROPPED.of(count, kind)
     yield WINDOWS.of(balancer.closed_windows)
     yield from _layers(controller)
+    yield from _rebalancing(rebalancing)
+    scaling = controller.scaling
+    supervised = bool(scaling.holder(now))
+    yield SUPERVISED.of(supervised)
+    yield WANTED.of(scaling.report.replicas if supervised else 0)
+    yield STARTING.of(scaling.report.starting if supervised else 0)
+
+
+def _rebalancing(report: pb.RebalanceReport) -> Iterator[Reading]:
+    yield REBALANCING.of(report.enabled)
+    yield REBALANCES.of(report.done, "done")
+    yield REBALANCES.of(report.failed, "failed")
+    yield REBALANCED.of(report.loaded)
+    for entry in report.layers:
+        yield SERVER_MAXVIO.of(entry.max_violation, str(entry.layer))
 
 
 def _layers(controller: LoadController) -> Iterator[Reading]:

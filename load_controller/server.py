@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from expertmesh.config import BalanceConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RebalanceConfig, RpcConfig
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
@@ -18,6 +18,7 @@ from expertmesh.telemetry.metric import Reading
 from load_controller import metrics
 from load_controller.controller import LoadController
 from load_controller.mover import Mover
+from load_controller.rebalance_loop import RebalanceLoop
 from load_controller.servicer import SERVICE, Changes, ControlServicer
 from load_controller.store import Store
 
@@ -36,13 +37,15 @@ class ControllerServer:
         *,
         host: str,
         balance: BalanceConfig | None = None,
+        rebalance: RebalanceConfig | None = None,
         rpc: RpcConfig | None = None,
         metrics_port: int | None = None,
     ) -> None:
         """`host` is the address that routers and servers can reach.
 
         The port of the first start is kept in `state_file`: a restarted controller is found again
-        where it was. `metrics_port` 0 serves metrics on any free port, None serves none.
+        where it was. With `rebalance` experts move by themselves. `metrics_port` 0 serves metrics
+        on any free port, None serves none.
         """
         self._store = Store(state_file)
         rpc = rpc or RpcConfig()
@@ -56,7 +59,10 @@ class ControllerServer:
         self._ticked_at = time.monotonic()
         self._tasks = TaskSet()
         self._mover = Mover(self.controller)
-        self._servicer = ControlServicer(self.controller, self._mover, changes, self._tasks)
+        self.rebalancing = RebalanceLoop(self.controller, self._mover, rebalance)
+        self._servicer = ControlServicer(
+            self.controller, self._mover, self.rebalancing, changes, self._tasks
+        )
         self._server.add(SERVICE, self._servicer.handlers())
 
     @property
@@ -70,8 +76,9 @@ class ControllerServer:
         return f"{self._host}:{self._metrics.port}" if self._metrics.port else ""
 
     def _readings(self) -> Iterator[Reading]:
-        age_s = time.monotonic() - self._ticked_at
-        return metrics.read(self.controller, self._servicer.pushes, age_s)
+        now = time.monotonic()
+        pushes, age_s = self._servicer.pushes, now - self._ticked_at
+        return metrics.read(self.controller, self.rebalancing.report(now), pushes, now, age_s)
 
     async def start(self) -> None:
         """Listens. Raises ConfigError when it cannot."""
@@ -79,6 +86,7 @@ class ControllerServer:
         self._store.set_meta("port", str(self._server.port))
         self._tasks.spawn(self._tick(), "controller tick")
         self._tasks.spawn(self._mover.clean(), "drop leftovers")
+        self._tasks.spawn(self.rebalancing.run(), "rebalance")
         await self._server.set_serving(True)
         _log.info("load controller at %s", self.address)
 

@@ -21,6 +21,7 @@ from load_controller.controller import LoadController
 from load_controller.drainer import Drainer
 from load_controller.migration import Copy
 from load_controller.mover import Migrated, Mover
+from load_controller.rebalance_loop import RebalanceLoop
 from load_controller.scaling import Bounds
 
 _T = TypeVar("_T")
@@ -55,10 +56,16 @@ class ControlServicer:
     """Decode, one call, encode."""
 
     def __init__(
-        self, controller: LoadController, mover: Mover, changes: Changes, tasks: TaskSet
+        self,
+        controller: LoadController,
+        mover: Mover,
+        rebalancing: RebalanceLoop,
+        changes: Changes,
+        tasks: TaskSet,
     ) -> None:
         self._controller = controller
         self._mover = mover
+        self._rebalancing = rebalancing
         self._drainer = Drainer(controller, mover)
         self._changes = changes
         self._tasks = tasks
@@ -80,6 +87,7 @@ class ControlServicer:
             "DrainServer": unary(self.drain_server, pb.DrainServerRequest),
             "GetFleet": unary(self.get_fleet, pb.GetFleetRequest),
             "SetServerBounds": unary(self.set_server_bounds, pb.SetServerBoundsRequest),
+            "SetRebalancing": unary(self.set_rebalancing, pb.SetRebalancingRequest),
             "TakeLease": unary(self.take_lease, pb.TakeLeaseRequest),
         }
 
@@ -203,7 +211,10 @@ class ControlServicer:
         self, request: pb.GetFleetRequest, deadline: Deadline
     ) -> pb.GetFleetResponse:
         """See control.proto."""
-        return self._controller.fleet(time.monotonic())
+        now = time.monotonic()
+        answer = self._controller.fleet(now)
+        answer.rebalance.CopyFrom(self._rebalancing.report(now))
+        return answer
 
     async def set_server_bounds(
         self, request: pb.SetServerBoundsRequest, deadline: Deadline
@@ -212,6 +223,13 @@ class ControlServicer:
         bounds = request.bounds
         self._controller.scaling.set_bounds(Bounds(bounds.min_replicas, bounds.max_replicas))
         return pb.SetServerBoundsResponse()
+
+    async def set_rebalancing(
+        self, request: pb.SetRebalancingRequest, deadline: Deadline
+    ) -> pb.SetRebalancingResponse:
+        """See control.proto."""
+        self._rebalancing.enable(request.enabled)
+        return pb.SetRebalancingResponse()
 
     async def take_lease(
         self, request: pb.TakeLeaseRequest, deadline: Deadline

@@ -15,7 +15,7 @@ import torch
 import expertmesh
 from expert_service.server import ExpertServer, Placing
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.config import BalanceConfig, RouterConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig
 from expertmesh.model import Slot
 from expertmesh.placement import initial_parts
 from expertmesh.rpc import loop
@@ -116,9 +116,15 @@ async def _start(
     router_config: RouterConfig,
     options: dict[str, object],
     metrics_port: int | None,
+    rebalance: RebalanceConfig | None,
 ) -> LocalMesh:
     controller = ControllerServer(
-        state, host="127.0.0.1", balance=balance, rpc=LOCAL, metrics_port=metrics_port
+        state,
+        host="127.0.0.1",
+        balance=balance,
+        rebalance=rebalance,
+        rpc=LOCAL,
+        metrics_port=metrics_port,
     )
     await controller.start()
     servers = [
@@ -167,6 +173,7 @@ def local_mesh(
     balance: BalanceConfig | None = None,
     router_config: RouterConfig | None = None,
     metrics: bool = False,
+    rebalance: RebalanceConfig | None = None,
     **options: object,
 ) -> Iterator[LocalMesh]:
     """A cluster that serves the checkpoint; `options` go to every expert server.
@@ -185,6 +192,7 @@ def local_mesh(
                 router_config or RouterConfig(),
                 options,
                 0 if metrics else None,
+                rebalance,
             )
         )
         try:

@@ -57,18 +57,58 @@ class GetFleetRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetFleetResponse(_message.Message):
-    __slots__ = ("servers", "epoch", "bounds", "lease_owner", "report")
+    __slots__ = ("servers", "epoch", "bounds", "lease_owner", "report", "rebalance")
     SERVERS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BOUNDS_FIELD_NUMBER: _ClassVar[int]
     LEASE_OWNER_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    REBALANCE_FIELD_NUMBER: _ClassVar[int]
     servers: _containers.RepeatedCompositeFieldContainer[FleetServer]
     epoch: int
     bounds: ServerBounds
     lease_owner: str
     report: ScalingReport
-    def __init__(self, servers: _Optional[_Iterable[_Union[FleetServer, _Mapping]]] = ..., epoch: _Optional[int] = ..., bounds: _Optional[_Union[ServerBounds, _Mapping]] = ..., lease_owner: _Optional[str] = ..., report: _Optional[_Union[ScalingReport, _Mapping]] = ...) -> None: ...
+    rebalance: RebalanceReport
+    def __init__(self, servers: _Optional[_Iterable[_Union[FleetServer, _Mapping]]] = ..., epoch: _Optional[int] = ..., bounds: _Optional[_Union[ServerBounds, _Mapping]] = ..., lease_owner: _Optional[str] = ..., report: _Optional[_Union[ScalingReport, _Mapping]] = ..., rebalance: _Optional[_Union[RebalanceReport, _Mapping]] = ...) -> None: ...
+
+class RebalanceReport(_message.Message):
+    __slots__ = ("enabled", "reason", "layers", "done", "failed", "loaded", "age_s")
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    reason: str
+    layers: _containers.RepeatedCompositeFieldContainer[LayerViolation]
+    done: int
+    failed: int
+    loaded: int
+    age_s: float
+    def __init__(self, enabled: bool = ..., reason: _Optional[str] = ..., layers: _Optional[_Iterable[_Union[LayerViolation, _Mapping]]] = ..., done: _Optional[int] = ..., failed: _Optional[int] = ..., loaded: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+
+class LayerViolation(_message.Message):
+    __slots__ = ("layer", "max_violation", "planned")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MAX_VIOLATION_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    max_violation: float
+    planned: float
+    def __init__(self, layer: _Optional[int] = ..., max_violation: _Optional[float] = ..., planned: _Optional[float] = ...) -> None: ...
+
+class SetRebalancingRequest(_message.Message):
+    __slots__ = ("enabled",)
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    def __init__(self, enabled: bool = ...) -> None: ...
+
+class SetRebalancingResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class FleetServer(_message.Message):
     __slots__ = ("server", "layers", "load")

@@ -85,6 +85,11 @@ class ControlServiceStub(object):
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsResponse.FromString,
                 _registered_method=True)
+        self.SetRebalancing = channel.unary_unary(
+                '/expertmesh.v1.ControlService/SetRebalancing',
+                request_serializer=expertmesh_dot_v1_dot_control__pb2.SetRebalancingRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_v1_dot_control__pb2.SetRebalancingResponse.FromString,
+                _registered_method=True)
         self.TakeLease = channel.unary_unary(
                 '/expertmesh.v1.ControlService/TakeLease',
                 request_serializer=expertmesh_dot_v1_dot_control__pb2.TakeLeaseRequest.SerializeToString,
@@ -220,6 +225,15 @@ class ControlServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRebalancing(self, request, context):
+        """Lets experts move by themselves from now on, or stops that.
+
+        A migration under way is not stopped. Kept over restarts. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def TakeLease(self, request, context):
         """Takes, or keeps, the right to add and remove servers, for a while.
 
@@ -285,6 +299,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.SetServerBounds,
                     request_deserializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsRequest.FromString,
                     response_serializer=expertmesh_dot_v1_dot_control__pb2.SetServerBoundsResponse.SerializeToString,
+            ),
+            'SetRebalancing': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRebalancing,
+                    request_deserializer=expertmesh_dot_v1_dot_control__pb2.SetRebalancingRequest.FromString,
+                    response_serializer=expertmesh_dot_v1_dot_control__pb2.SetRebalancingResponse.SerializeToString,
             ),
             'TakeLease': grpc.unary_unary_rpc_method_handler(
                     servicer.TakeLease,
@@ -563,6 +582,33 @@ class ControlService(object):
             '/expertmesh.v1.ControlService/SetServerBounds',
             expertmesh_dot_v1_dot_control__pb2.SetServerBoundsRequest.SerializeToString,
             expertmesh_dot_v1_dot_control__pb2.SetServerBoundsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRebalancing(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.ControlService/SetRebalancing',
+            expertmesh_dot_v1_dot_control__pb2.SetRebalancingRequest.SerializeToString,
+            expertmesh_dot_v1_dot_control__pb2.SetRebalancingResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -21,6 +21,7 @@ from fleet.cli import (
     down,
     drain,
     plan,
+    rebalance,
     scale,
     serve,
     status,
@@ -36,13 +37,14 @@ examples:
   expertmesh status                            the last cluster started on this host
   expertmesh top                               its load and balance, as they change
   expertmesh plan                              what would change there, and why
+  expertmesh rebalance on                      move experts by itself, where a skew asks for it
   expertmesh scale --max 6                     let it grow to six servers
   expertmesh drain auto-3                      take a server out, while requests go on
   expertmesh balance freeze                    serve the checkpoint's own routing, now
   expertmesh down                              end it
 """
 
-_COMMANDS = (serve, status, top, plan, scale, drain, balance, demo, collect_env, down)
+_COMMANDS = (serve, status, top, plan, rebalance, scale, drain, balance, demo, collect_env, down)
 
 
 def build_parser() -> argparse.ArgumentParser:

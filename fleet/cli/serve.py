@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import get_args
 
-from expertmesh.config import AutoscaleConfig, BalanceConfig, WireDtype
+from expertmesh.config import AutoscaleConfig, BalanceConfig, WireDtype, rebalance_config
 from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.launch import launch
@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add and remove servers with the load, as min_replicas=1,max_replicas=8",
     )
     parser.add_argument(
+        "--rebalance",
+        nargs="?",
+        const="",
+        metavar="NAME=VALUE,...",
+        help="let experts move by themselves where servers have unequally much to do",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -98,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
                 if arguments.autoscale is None
                 else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
             ),
+            rebalance=rebalance_config(arguments.rebalance),
             shared_memory=arguments.shared_memory,
             wire_dtype=arguments.wire_dtype,
             progress=progress,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import expertmesh
-from expertmesh.config import BalanceConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RebalanceConfig, RpcConfig
 from expertmesh.rpc import loop
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.v1 import router_pb2, router_pb2_grpc
@@ -47,7 +47,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mesh(checkpoint: Path) -> Iterator[LocalMesh]:
     """Two shards that answered REQUESTS of ROWS rows in every layer, and refused one request."""
     balance = BalanceConfig(mode="adaptive", window_tokens=ROWS)
-    with local_mesh(checkpoint, metrics=True, balance=balance) as running:
+    looking = RebalanceConfig(
+        window_s=0.1, half_life_windows=1e6, least_assignments=1, max_violation=1e6
+    )
+    with local_mesh(checkpoint, metrics=True, balance=balance, rebalance=looking) as running:
         with expertmesh.connect(running.address) as client:
             info = client.describe()
             for _ in range(REQUESTS):
@@ -57,6 +60,10 @@ def mesh(checkpoint: Path) -> Iterator[LocalMesh]:
                 client.forward(torch.randn(ROWS, info.hidden_size), 99)
             client.load()  # the controller knows every answer now
         wait_until(lambda: _executed(running) > 0, 10.0, "told of executions")
+        control = running.controller
+        wait_until(
+            lambda: control.rebalancing.report(0.0).layers, 10.0, "looked at for rebalancing"
+        )
         yield running
 
 
@@ -162,6 +169,11 @@ def test_the_controller_says_what_was_counted_and_that_it_balances(
     assert controller.value("expertmesh_controller_balance_mode", mode="frozen") == 0
     assert controller.value("expertmesh_controller_routers") == 1
     assert controller.value("expertmesh_controller_servers", state="ready") == 2
+    assert controller.value("expertmesh_controller_rebalancing") == 1
+    for outcome in ("done", "failed"):
+        assert controller.value("expertmesh_controller_rebalances_total", outcome=outcome) == 0
+    for name in ("servers_wanted", "servers_starting", "supervised"):
+        assert controller.value(f"expertmesh_controller_{name}") == 0
     assert controller.value("expertmesh_controller_pushes_total") > 0
     assert controller.value("expertmesh_controller_reports_total", kind="router") > 0
     versions = ("bias_version", "epoch")

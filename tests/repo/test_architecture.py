@@ -63,6 +63,7 @@ PURE = (
     "load_controller/forecast.py",
     "load_controller/ledger.py",
     "load_controller/planner.py",
+    "load_controller/rebalancer.py",
     "load_controller/planner_counts.py",
     "load_controller/planner_pack.py",
     "load_controller/planner_search.py",

@@ -133,7 +133,7 @@ def test_the_controllers_series_grow_with_layers_and_not_with_experts() -> None:
         )
     )
 
-    seen = _scrape(load_controller.metrics.read(controller, 0, 0.1))
+    seen = _scrape(load_controller.metrics.read(controller, pb.RebalanceReport(), 0, 0.0, 0.1))
 
     assert seen.value("expertmesh_controller_assignments_total", layer="57") == 2 * sum(counts)
     assert seen.value("expertmesh_controller_windows_closed_total") == LAYERS
