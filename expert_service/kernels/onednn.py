@@ -11,11 +11,13 @@ places of the sorted pairs (`grouping`), H hidden size, C places of one chunk.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from expert_service.kernels.crew import Crew, divide
 from expert_service.kernels.grouping import (
     BlockSizes,
     Grouping,
@@ -49,6 +51,9 @@ _WARM_SIZES = tuple(size for size in _BLOCK_SIZES if size <= 16)
 _WARM_BYTES = 3 * 620_000
 #: Small shards are warmed for fewer sizes: memory in proportion to the shard matters more there.
 _WARM_SHARE = 0.1
+#: Experts are computed beside each other where they bring so many bytes of weights in all: with
+#: less, waking threads takes longer than what it saves.
+_CREW_BYTES = 4 << 20
 
 
 def block_rows(rows: int, smallest: int = 1) -> int:
@@ -77,10 +82,11 @@ class OneDnnBackend:
         What this CPU or torch cannot do is replaced, with a `FallbackWarning`.
         """
         self._threads = threads
+        self._crew = Crew(threads)
         self._format = create_format(dtype, weights)
         self.name = "onednn/cpu" if self._format.name != "int8" else "onednn-int8/cpu"
         self._experts: dict[int, dict[int, Any]] = {}
-        self._bytes = 0  # of everything loaded, before packing
+        self._bytes = self._loads = 0  # of everything loaded, before packing; how many experts
         self._x = _RowBuffer(spec.hidden_size)
         self._y = _RowBuffer(spec.hidden_size)
         # Without AMX, oneDNN's kernels for 1 and 2 rows read weights 10 to 25 % slower than
@@ -103,6 +109,7 @@ class OneDnnBackend:
         prepared = weights if isinstance(weights, Prepared) else self.prepare(weights)
         self._experts.setdefault(slot.layer, {})[slot.expert] = prepared.packed
         self._bytes += prepared.size
+        self._loads += 1
 
     def drop(self, slot: Slot) -> object:
         """Forgets one expert, and returns it. Raises KeyError when it is not held."""
@@ -117,11 +124,16 @@ class OneDnnBackend:
             for experts in self._experts.values()
             for packed in experts.values()
         }
-        affordable = _WARM_SHARE * self._bytes / (_WARM_BYTES * max(1, len(shapes)))
+        # A primitive is for a number of threads: all of them, and one, when experts run beside.
+        ways = 1 if self._threads == 1 else 2
+        affordable = _WARM_SHARE * self._bytes / (ways * _WARM_BYTES * max(1, len(shapes)))
         for packed in shapes.values():
             for size in self._warm_sizes[: int(affordable)]:
                 rows = self._format.encode(self._x.take(size, torch.float32))
-                self._format.compute(rows, [Work(packed, 0, size)], torch.float32)
+                warm = partial(self._format.compute, rows, [Work(packed, 0, size)], torch.float32)
+                warm()
+                if ways > 1:
+                    self._crew.run([warm] * self._threads)
 
     @torch.no_grad()
     def compute(
@@ -157,11 +169,29 @@ class OneDnnBackend:
                 Work(experts[expert], start - first, stop - first) for expert, start, stop in chunk
             ]
             gathered = self._gather(rows, grouping.rows[first:last])
-            values, scale_C = self._format.compute(gathered, works, dtype)
-            torch.cat(list(values), out=y_SH[first:last])
-            if scale_C is not None:
-                scales.append(scale_C)
+            jobs = [
+                partial(self._compute_works, part, gathered, y_SH[first:last])
+                for part in self._divide(works)
+            ]
+            done = [jobs[0]()] if len(jobs) == 1 else self._crew.run(jobs)
+            scales += [scale_C for scale_C in done if scale_C is not None]
         return y_SH, torch.cat(scales) if scales else None
+
+    def _divide(self, works: list[Work]) -> list[Sequence[Work]]:
+        """What is computed at the same time; in one part, all threads share each product."""
+        read = len(works) * self._bytes / self._loads
+        return divide(works, self._threads) if read >= _CREW_BYTES else [works]
+
+    def _compute_works(
+        self, works: Sequence[Work], rows: Rows, y_CH: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Some of a chunk's works, into their places of its outputs; their places' scales if any."""
+        first, last = works[0].start, works[-1].stop
+        mine = Rows(rows.values[first:last], None if rows.scale is None else rows.scale[first:last])
+        moved = [Work(packed, start - first, stop - first) for packed, start, stop in works]
+        values, scale_C = self._format.compute(mine, moved, y_CH.dtype)
+        torch.cat(list(values), out=y_CH[first:last])
+        return scale_C
 
     def _gather(self, rows: Rows, rows_C: torch.Tensor) -> Rows:
         """The rows of a chunk, in a reused buffer."""
