@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# As in a server: threads that wait sleep. Else those of one side go on spinning for some
+# milliseconds, on the cores that the next side is measured on.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import torch
 from ceilings import GEMM_FLOP, READ_BYTES, gemm, read
 from harness import Report, Spread, interleave, ratios

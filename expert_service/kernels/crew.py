@@ -1,4 +1,4 @@
-"""Threads that compute whole experts beside each other, instead of all of them one expert at a time.
+"""Threads that compute whole experts beside each other, not all of them one expert at a time.
 
 For a few rows an expert is limited by the reading of its weights. Two threads that share each
 product meet three times an expert, and wait for each other; with an expert for each, they meet once

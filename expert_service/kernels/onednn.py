@@ -185,7 +185,7 @@ class OneDnnBackend:
     def _compute_works(
         self, works: Sequence[Work], rows: Rows, y_CH: torch.Tensor
     ) -> torch.Tensor | None:
-        """Some of a chunk's works, into their places of its outputs; their places' scales if any."""
+        """Some of a chunk's works, into their places of its outputs; the places' scales if any."""
         first, last = works[0].start, works[-1].stop
         mine = Rows(rows.values[first:last], None if rows.scale is None else rows.scale[first:last])
         moved = [Work(packed, start - first, stop - first) for packed, start, stop in works]
