@@ -25,6 +25,7 @@ from stream_echo import SERVICE
 from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE, ExecuteRequest
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.heap import keep_freed_memory
 from expertmesh.rpc.stream import FrameStream
 
 _CASES = {1 << 20: 100, 16 << 20: 12}  # requests in a block, by bytes
@@ -95,6 +96,7 @@ def _case(size: int) -> str:
 async def _measure(
     report: Report, address: str, flight: Callable[[int, int], list[float]] | None, blocks: int
 ) -> None:
+    keep_freed_memory()  # as every client of ours does
     channel = open_channel(address)
     stream = FrameStream(channel, f"/{SERVICE}/Stream", EXECUTE_REQUEST, EXECUTE_RESPONSE, "echo")
     for size, count in _CASES.items():

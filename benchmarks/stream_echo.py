@@ -18,6 +18,7 @@ from expertmesh.codec.messages import (
 from expertmesh.config import RpcConfig
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.process import settle_memory
 from expertmesh.rpc.server import GrpcServer, stream_tensor
 from expertmesh.rpc.session import FrameProtocol
 
@@ -36,6 +37,7 @@ async def _serve() -> None:
     server.add(SERVICE, {"Stream": stream_tensor(protocol)})
     # No reflection of a service that has no .proto: bind and listen, no more.
     await server.start()
+    settle_memory()
     print(f"LISTENING 127.0.0.1:{server.port}", flush=True)
     await asyncio.Event().wait()
 
