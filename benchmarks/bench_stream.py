@@ -22,16 +22,15 @@ from echo import EchoStream
 from harness import Report, Spread, WrongOutputError, quantile, ratios
 from machine import facts
 from services import service
-from stream_echo import SERVICE
+from stream_echo import SERVICE, echo_request
 
-from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE, ExecuteRequest
+from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.heap import keep_freed_memory
 from expertmesh.rpc.stream import FrameStream
 
 _CASES = {1 << 20: 100, 16 << 20: 12}  # requests in a block, by bytes
-_WIDTH = 2048
 _SAYS = """\
 A server in a process of its own sends back what it is sent; one request at a time on one stream
 over loopback. GB/s counts the bytes of both ways: median (least–largest) of the blocks' medians.
@@ -92,20 +91,13 @@ async def _bare(echo: EchoStream, size: int, count: int) -> list[float]:
 
 
 async def _ours(stream: FrameStream, report: Report, size: int, count: int) -> list[float]:
-    generator = torch.Generator().manual_seed(size)
-    hidden = torch.randn(size // 2 // _WIDTH, _WIDTH, generator=generator).bfloat16()
-    request = ExecuteRequest(
-        layer=0,
-        hidden_states=hidden,
-        expert_ids=torch.zeros(len(hidden), 1, dtype=torch.int32),
-        expert_weights=torch.ones(len(hidden), 1),
-    )
+    request = echo_request(size)
     seconds = []
     for _ in range(count):
         start = time.perf_counter()
         answer = await stream.call(request, Deadline.after(60.0))
         seconds.append(time.perf_counter() - start)
-    report.gate(_case(size), answer.hidden_states, hidden, 1e-9)
+    report.gate(_case(size), answer.hidden_states, request.hidden_states, 1e-9)
     return seconds
 
 

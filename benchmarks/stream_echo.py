@@ -1,4 +1,4 @@
-"""A server that sends every tensor back over our own streams.
+"""A server that sends every tensor back over our own streams, and what it is asked.
 
 python benchmarks/stream_echo.py                    # prints LISTENING host:port
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+import torch
 import uvloop
 
 from expertmesh.codec.messages import (
@@ -23,6 +24,19 @@ from expertmesh.rpc.server import GrpcServer, stream_tensor
 from expertmesh.rpc.session import FrameProtocol
 
 SERVICE = "echo.TensorEcho"
+_WIDTH = 2048
+
+
+def echo_request(size: int) -> ExecuteRequest:
+    """A request with that many bytes of bf16 hidden states, the same for the same size."""
+    generator = torch.Generator().manual_seed(size)
+    hidden = torch.randn(size // 2 // _WIDTH, _WIDTH, generator=generator).bfloat16()
+    return ExecuteRequest(
+        layer=0,
+        hidden_states=hidden,
+        expert_ids=torch.zeros(len(hidden), 1, dtype=torch.int32),
+        expert_weights=torch.ones(len(hidden), 1),
+    )
 
 
 async def _echo(request: ExecuteRequest, _: Deadline) -> ExecuteResponse:
