@@ -28,7 +28,7 @@ from expertmesh.v1.tensor_pb2 import SharedMemoryAnswer
 
 METADATA_KEY = "expertmesh-memory-bin"
 #: Below, elements travel in the message: the copies cost less than to lend and return. Measured by
-#: benchmarks/bench_shared.py: 0.9 times as fast at 16 KiB, as fast at 64, 1.1 times at 128.
+#: benchmarks/bench_shared.py: 0.85 times as fast at 16 KiB, as fast at 64, 1.1 times at 128.
 LEAST_BYTES = 64 << 10
 #: From here on torch copies, which lets the interpreter lock go meanwhile.
 _LARGE_BYTES = 1 << 20
