@@ -17,8 +17,6 @@ from pathlib import Path
 
 # Before torch is imported: threads that wait sleep, they take no core from the servers.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-# And before gRPC is: the echo, too, gets the faster way to poll that `expertmesh.rpc.engine` takes.
-os.environ["GRPC_EXPERIMENTS"] = "-event_engine_client,-event_engine_listener"
 
 import torch
 import uvloop

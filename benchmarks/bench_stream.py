@@ -1,4 +1,4 @@
-"""One hop of our framing and codec, tensor to tensor, beside Arrow Flight's DoExchange.
+"""One hop of our framing and codec, tensor to tensor, beside Arrow Flight and bare gRPC.
 
 python benchmarks/bench_stream.py --peer-python FOLDER/bin/python    # one that has pyarrow
 """
@@ -6,35 +6,40 @@ python benchmarks/bench_stream.py --peer-python FOLDER/bin/python    # one that 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import uvloop
-from harness import Report, Spread, WrongOutputError, ratios
+from echo import EchoStream
+from harness import Report, Spread, WrongOutputError, quantile, ratios
 from machine import facts
 from services import service
-from stream_echo import SERVICE
+from stream_echo import SERVICE, echo_request
 
-from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE, ExecuteRequest
+from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.heap import keep_freed_memory
 from expertmesh.rpc.stream import FrameStream
 
 _CASES = {1 << 20: 100, 16 << 20: 12}  # requests in a block, by bytes
-_WIDTH = 2048
 _SAYS = """\
 A server in a process of its own sends back what it is sent; one request at a time on one stream
 over loopback. GB/s counts the bytes of both ways: median (least–largest) of the blocks' medians.
 `ours` is `FrameStream` to `FrameSession` and back, from bf16 tensor to bf16 tensor, in Python's
 asyncio. `flight` is `DoExchange` of pyarrow (C++, threads), one record batch of uint8 each way.
-`ratio` is GB/s of ours over Flight's, block by block. One core for each end; every byte is
+`bare` is what gRPC in Python takes at the least: the same bytes on a `grpc.aio` stream, in chunks
+of 1 MiB that are sent back one by one, in processes set up as ours are, without a tensor or a
+frame. `ratio` is GB/s of ours over Flight's, block by block, and `bare ratio` that of the bare
+stream. Client and server share two cores, unpinned; every byte of ours and Flight's is
 compared."""
 
 
@@ -70,21 +75,29 @@ class Flight:
         self._process.communicate()
 
 
+_Run = Callable[[int, int], Awaitable[list[float]]]  # (bytes, requests) to seconds of each
+
+
+async def _bare(echo: EchoStream, size: int, count: int) -> list[float]:
+    payload = bytes(size)
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        received = await echo.send(payload)
+        seconds.append(time.perf_counter() - start)
+        if received != size:
+            raise WrongOutputError("the bare stream lost bytes")
+    return seconds
+
+
 async def _ours(stream: FrameStream, report: Report, size: int, count: int) -> list[float]:
-    generator = torch.Generator().manual_seed(size)
-    hidden = torch.randn(size // 2 // _WIDTH, _WIDTH, generator=generator).bfloat16()
-    request = ExecuteRequest(
-        layer=0,
-        hidden_states=hidden,
-        expert_ids=torch.zeros(len(hidden), 1, dtype=torch.int32),
-        expert_weights=torch.ones(len(hidden), 1),
-    )
+    request = echo_request(size)
     seconds = []
     for _ in range(count):
         start = time.perf_counter()
         answer = await stream.call(request, Deadline.after(60.0))
         seconds.append(time.perf_counter() - start)
-    report.gate(_case(size), answer.hidden_states, hidden, 1e-9)
+    report.gate(_case(size), answer.hidden_states, request.hidden_states, 1e-9)
     return seconds
 
 
@@ -93,32 +106,48 @@ def _case(size: int) -> str:
 
 
 async def _measure(
-    report: Report, address: str, flight: Callable[[int, int], list[float]] | None, blocks: int
+    report: Report,
+    address: str,
+    bare_address: str,
+    flight: Callable[[int, int], list[float]] | None,
+    blocks: int,
 ) -> None:
+    keep_freed_memory()  # as every client of ours does
     channel = open_channel(address)
     stream = FrameStream(channel, f"/{SERVICE}/Stream", EXECUTE_REQUEST, EXECUTE_RESPONSE, "echo")
+    echo = EchoStream(bare_address)
+    runs: dict[str, _Run] = {
+        "ours": lambda size, count: _ours(stream, report, size, count),
+        "bare": lambda size, count: _bare(echo, size, count),
+    }
+    if flight is not None:
+        runs["flight"] = lambda size, count: asyncio.to_thread(flight, size, count)
     for size, count in _CASES.items():
-        speeds: dict[str, list[float]] = {"ours": [], "flight": []}
+        speeds: dict[str, list[float]] = {name: [] for name in runs}
         for block in range(-1, blocks):  # the first one warms up
-            ours = await _ours(stream, report, size, count)
-            peer = flight(size, count) if flight is not None else []
-            if block >= 0:
-                for name, seconds in (("ours", ours), ("flight", peer)):
-                    if seconds:
-                        speeds[name].append(2 * size / 1e9 / sorted(seconds)[len(seconds) // 2])
-        peered = bool(speeds["flight"])
-        report.add(
-            _case(size),
-            **{"ours GB/s": Spread.of(speeds["ours"])},
-            **{"flight GB/s": Spread.of(speeds["flight"]) if peered else "not installed"},
-            ratio=ratios(speeds["ours"], speeds["flight"]) if peered else "",
-        )
+            for name, run in runs.items():
+                seconds = await run(size, count)
+                if block >= 0:
+                    speeds[name].append(2 * size / 1e9 / quantile(seconds, 0.5))
+        _add(report, _case(size), speeds)
+    await echo.close()
     await stream.close()
     await channel.close()
 
 
+def _add(report: Report, case: str, speeds: dict[str, list[float]]) -> None:
+    columns: dict[str, object] = {
+        f"{name} GB/s": Spread.of(speeds[name]) if name in speeds else "not installed"
+        for name in ("ours", "flight", "bare")
+    }
+    for name, column in (("ours", "ratio"), ("bare", "bare ratio")):
+        peered = "flight" in speeds
+        columns[column] = ratios(speeds[name], speeds["flight"]) if peered else ""
+    report.add(case, **columns)
+
+
 def main() -> None:
-    """Starts both servers, measures in turn, ends them."""
+    """Starts the servers, measures in turn, ends them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="an interpreter with pyarrow")
     parser.add_argument("--blocks", type=int, default=9, help="of each side, in turn")
@@ -132,7 +161,7 @@ def main() -> None:
         version = subprocess.run(says, capture_output=True, text=True, check=True).stdout.strip()
     report = Report(
         theme="stream",
-        title="One hop of a stream, tensor to tensor, and Arrow Flight",
+        title="One hop of a stream, tensor to tensor, Arrow Flight, and bare gRPC",
         command=f"python benchmarks/bench_stream.py --peer-python ... --blocks {arguments.blocks}",
         says=_SAYS,
         facts=facts() | {"pyarrow": version},
@@ -141,13 +170,14 @@ def main() -> None:
     with ExitStack() as stack, tempfile.TemporaryDirectory() as name:
         start = stack.enter_context
         address = start(service(Path(name), str(here / "stream_echo.py")))
+        bare_address = start(service(Path(name), str(here / "echo.py")))
         run = None
         if python:
             script = str(here / "flight_echo.py")
             peer = Flight(python, script, start(service(Path(name), script, python=python)))
             stack.callback(peer.close)
             run = peer.run
-        uvloop.run(_measure(report, address, run, arguments.blocks))
+        uvloop.run(_measure(report, address, bare_address, run, arguments.blocks))
     print(report.markdown())
     if arguments.hardware:
         report.write(arguments.hardware)

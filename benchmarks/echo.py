@@ -11,6 +11,10 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+# Of ours: how a process polls and keeps memory, set up as in all services. Imported before grpc.
+from expertmesh.rpc.heap import keep_freed_memory
+
+# isort: split
 import grpc
 import grpc.aio
 import uvloop
@@ -81,6 +85,7 @@ class EchoStream:
 
 
 async def _serve(behaviour: Callable[..., AsyncIterator[bytes] | Awaitable[None]]) -> None:
+    keep_freed_memory()
     server = grpc.aio.server(options=_OPTIONS)
     handler = grpc.stream_stream_rpc_method_handler(behaviour)
     service, method = METHOD.strip("/").split("/")

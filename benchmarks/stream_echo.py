@@ -1,4 +1,4 @@
-"""A server that sends every tensor back over our own streams.
+"""A server that sends every tensor back over our own streams, and what it is asked.
 
 python benchmarks/stream_echo.py                    # prints LISTENING host:port
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+import torch
 import uvloop
 
 from expertmesh.codec.messages import (
@@ -18,10 +19,24 @@ from expertmesh.codec.messages import (
 from expertmesh.config import RpcConfig
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.process import settle_memory
 from expertmesh.rpc.server import GrpcServer, stream_tensor
 from expertmesh.rpc.session import FrameProtocol
 
 SERVICE = "echo.TensorEcho"
+_WIDTH = 2048
+
+
+def echo_request(size: int) -> ExecuteRequest:
+    """A request with that many bytes of bf16 hidden states, the same for the same size."""
+    generator = torch.Generator().manual_seed(size)
+    hidden = torch.randn(size // 2 // _WIDTH, _WIDTH, generator=generator).bfloat16()
+    return ExecuteRequest(
+        layer=0,
+        hidden_states=hidden,
+        expert_ids=torch.zeros(len(hidden), 1, dtype=torch.int32),
+        expert_weights=torch.ones(len(hidden), 1),
+    )
 
 
 async def _echo(request: ExecuteRequest, _: Deadline) -> ExecuteResponse:
@@ -36,6 +51,7 @@ async def _serve() -> None:
     server.add(SERVICE, {"Stream": stream_tensor(protocol)})
     # No reflection of a service that has no .proto: bind and listen, no more.
     await server.start()
+    settle_memory()
     print(f"LISTENING 127.0.0.1:{server.port}", flush=True)
     await asyncio.Event().wait()
 

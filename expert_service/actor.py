@@ -16,7 +16,7 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.errors import CheckpointError, MeshError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc import loop
-from expertmesh.rpc.process import keep_what_is_loaded, setup_logging
+from expertmesh.rpc.process import settle_memory, setup_logging
 
 _log = logging.getLogger(__name__)
 _REOPEN_PAUSE_S = 2.0  # a file system that is not mounted yet may be so soon
@@ -94,7 +94,7 @@ class ExpertServerHost:
             self._failure = type(error)(f"node {self._node}: {error.message}")
             _log.error("%s: %s", options.server_id, self._failure.message)
         else:
-            keep_what_is_loaded()
+            settle_memory()
             self._failure, self._server = None, server
             self._watching = asyncio.get_running_loop().create_task(self._end_when_drained(server))
 

@@ -26,7 +26,7 @@ from expertmesh.errors import (
 )
 from expertmesh.info import MeshInfo, MeshLoad, info_of, load_of
 from expertmesh.request import deadline_after, make_request
-from expertmesh.rpc import loop, status
+from expertmesh.rpc import heap, loop, status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
@@ -45,6 +45,7 @@ class _RouterLink:
     def __init__(self, address: str, shared_memory: SharedMemoryConfig) -> None:
         self.address = address
         self._shared_memory = shared_memory
+        heap.keep_freed_memory()
         self._channel = open_channel(address)
         self.stub = router_pb2_grpc.RouterServiceStub(self._channel)
         self._stream: FrameStream | None = None

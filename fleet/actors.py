@@ -15,7 +15,7 @@ import torch
 from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig
 from expertmesh.errors import MeshError, UnavailableError
 from expertmesh.rpc import loop
-from expertmesh.rpc.process import keep_what_is_loaded, setup_logging
+from expertmesh.rpc.process import settle_memory, setup_logging
 from load_controller.server import ControllerServer
 from router_service.server import RouterServer, open_model
 
@@ -54,7 +54,7 @@ class ServiceHost:
             self._failure = error
             _log.error("%s", error.message)
         else:
-            keep_what_is_loaded()
+            settle_memory()
             self._failure, self._server = None, server
 
     def address(self) -> str:

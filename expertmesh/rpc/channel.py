@@ -7,9 +7,12 @@ import grpc.aio
 
 #: Both ends: message sizes are bounded by our own limits; dead peers are noticed within 30 s even
 #: when no packet says so; nothing waits two minutes to reconnect.
+#: What an HTTP/2 frame may hold, on either side: a chunk with its header, not one in 64 of it.
+FRAME_OPTION = ("grpc.http2.max_frame_size", 2 << 20)
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    FRAME_OPTION,
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -27,8 +27,9 @@ from expertmesh.rpc.blocks import FreeList
 from expertmesh.v1.tensor_pb2 import SharedMemoryAnswer
 
 METADATA_KEY = "expertmesh-memory-bin"
-#: Below, elements travel in the message: one copy more costs less than to lend and return.
-LEAST_BYTES = 16 << 10
+#: Below, elements travel in the message: the copies cost less than to lend and return. Measured by
+#: benchmarks/bench_shared.py: 0.85 times as fast at 16 KiB, as fast at 64, 1.1 times at 128.
+LEAST_BYTES = 64 << 10
 #: From here on torch copies, which lets the interpreter lock go meanwhile.
 _LARGE_BYTES = 1 << 20
 _IDLE_S = 10.0  # after so long without a block, pages go back to the system
@@ -52,13 +53,16 @@ class Lender:
         """None where the configuration says "off"."""
         return cls(config.size_bytes, views=views) if config.mode == "auto" else None
 
-    def __init__(self, size: int, *, views: bool) -> None:
-        """With `views`, an answer is handed out where it lies, and its block is free when its
-        tensor dies: for those who keep answers briefly. Else it is copied.
+    def __init__(self, size: int, *, views: bool, least_bytes: int = LEAST_BYTES) -> None:
+        """Lends for hidden states of `least_bytes` or more.
+
+        With `views`, an answer is handed out where it lies, and its block is free when its tensor
+        dies: for those who keep answers briefly. Else it is copied.
 
         Where no memory can be shared, everything goes over TCP, and `refused` says why.
         """
         self._views = views
+        self._least_bytes = least_bytes
         self._loans: dict[int, _Loan] = {}
         self._dead: deque[int] = deque()  # blocks whose views have died, on any thread
         self._references: dict[int, weakref.ref[Bytes]] = {}  # to those views, by block
@@ -102,7 +106,7 @@ class Lender:
     def lend(self, frame_id: int, hidden: torch.Tensor) -> Blocks | None:
         """Copies hidden states into a block; None when they shall go over TCP."""
         size = hidden.nbytes
-        if not self.accepted or size < LEAST_BYTES:
+        if not self.accepted or size < self._least_bytes:
             return None
         self._collect()
         room = -(-size // ALIGNMENT) * ALIGNMENT

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from expertmesh.errors import MeshError
+from expertmesh.rpc.heap import keep_freed_memory
 
 
 class Service(Protocol):
@@ -49,7 +50,7 @@ async def run_until_signal(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await service.start()
-    keep_what_is_loaded()
+    settle_memory()
     on_started()
     stopped = asyncio.ensure_future(stop.wait())
     waits: list[asyncio.Future[Any]] = [stopped]
@@ -63,6 +64,12 @@ async def run_until_signal(
             outcome = future.result()
             if isinstance(outcome, MeshError):
                 raise outcome
+
+
+def settle_memory() -> None:
+    """What a process does once, when it has loaded what it serves with."""
+    keep_what_is_loaded()
+    keep_freed_memory()
 
 
 def keep_what_is_loaded() -> None:

@@ -23,6 +23,7 @@ from expertmesh.errors import (
 from expertmesh.rpc import status
 from expertmesh.rpc.admission import OK, Admission
 from expertmesh.rpc.answering import answer_in_time
+from expertmesh.rpc.channel import FRAME_OPTION
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.session import FrameProtocol, FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
@@ -113,6 +114,7 @@ class GrpcServer:
             options=[
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_receive_message_length", limit),
+                FRAME_OPTION,
                 # Else two servers given the same port would share its connections silently.
                 ("grpc.so_reuseport", 0),
                 # Clients of ours ping every 20 s, with or without calls.
