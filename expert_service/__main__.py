@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
+
+# Before torch is loaded: threads that wait sleep, and leave the cores to those that compute whole
+# experts, and to the other services of the host.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import uvloop
 

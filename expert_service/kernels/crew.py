@@ -31,7 +31,7 @@ _S = TypeVar("_S", bound=Span)
 #: What reading an expert's weights takes, in rows of arithmetic: so parts take about equally long.
 _READ_ROWS = 32
 #: By how much longer shared products take: a little where arithmetic is the limit, and much where
-#: reading is (measured with 2 threads: 1.0 with 384 rows an expert, 1.2 with 48, 1.3 to 1.5 with 4).
+#: reading is (measured with 2 threads, rows an expert: 384 1.0, 48 1.2, 4 1.3 to 1.5).
 _MEET_COMPUTE, _MEET_READ = 0.05, 0.35
 
 
@@ -63,7 +63,7 @@ def _with_threads(threads: int, job: Callable[[], _T]) -> _T:
         return job()
 
 
-def divide(spans: Sequence[_S], threads: int) -> list[Sequence[_S]]:
+def divide(spans: Sequence[_S], threads: int) -> Sequence[Sequence[_S]]:
     """`spans`, in their order, in runs to be computed at the same time; one run where threads that
     share each product are through sooner, because the runs would take too unequally long."""
     parts = min(threads, len(spans))

@@ -177,7 +177,7 @@ class OneDnnBackend:
             scales += [scale_C for scale_C in done if scale_C is not None]
         return y_SH, torch.cat(scales) if scales else None
 
-    def _divide(self, works: list[Work]) -> list[Sequence[Work]]:
+    def _divide(self, works: list[Work]) -> Sequence[Sequence[Work]]:
         """What is computed at the same time; in one part, all threads share each product."""
         read = len(works) * self._bytes / self._loads
         return divide(works, self._threads) if read >= _CREW_BYTES else [works]
