@@ -79,7 +79,7 @@ def plan(ids_TK: Ids, holders: Holders, salt: int = 0) -> tuple[list[Part], Ids 
     Returns the parts, by ascending server, and the pairs that nobody can be asked for as an
     [T, K] table (-1 elsewhere), None where there are none.
     """
-    if len(ids_TK) == 1 and ids_TK.size < _LARGE_PAIRS:
+    if len(ids_TK) == 1 and 0 < ids_TK.size < _LARGE_PAIRS:
         return _plan_row(ids_TK[0].tolist(), holders, salt)
     return _plan_rows(ids_TK, holders, salt)
 

@@ -103,6 +103,7 @@ class ControllerLink:
         router = self._router
         if message.HasField("placement"):
             router.snapshot = router.snapshot.with_placement(message.placement, router.model.spec)
+            router.pool.placed()
         if message.HasField("bias"):
             before = router.snapshot
             router.snapshot = before.with_bias(message.bias, router.model.gates)

@@ -38,6 +38,7 @@ from router_service.snapshot import Snapshot
 #: A server that answers so may be asked again, or another one instead. Its pairs are still missing.
 RETRYABLE = (UnavailableError, OverloadedError, StaleEpochError, SlotNotHeldError)
 
+_LOOK_S = 0.5  # at the latest, whoever waits for a server looks again
 _SAY_WHY_S = 0.02  # given up this long before the deadline, so that the reason reaches the caller
 
 Contribution = tuple[npt.NDArray[np.int64] | None, torch.Tensor]
@@ -203,7 +204,7 @@ class FanOut:
                     "`expertmesh status`",
                     retry_after_s=1.0,
                 )
-            pause = self._config.retry_pause_s if avoid else left_s
+            pause = self._config.retry_pause_s if avoid else min(left_s, _LOOK_S)
             await self._pool.wait_change(pause)
             avoid = frozenset()  # after the pause everyone may be asked again
             slots = self._slots()

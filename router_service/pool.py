@@ -48,6 +48,10 @@ class ExpertPool:
                 self._runs[server_id] = self._tasks.spawn(link.run(), f"link {server_id}")
         self._bump()
 
+    def placed(self) -> None:
+        """Experts have other servers now: who waits for one looks again."""
+        self._bump()
+
     def link(self, server_id: str) -> ServerLink | None:
         """The link to a server, if it is announced."""
         return self._links.get(server_id)

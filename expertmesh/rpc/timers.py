@@ -91,11 +91,13 @@ class Timers:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         self._handle = None
         now = loop.time()
-        while self._heap and (self._heap[0][0] <= now or not self._heap[0][2].pending):
-            _, _, timer = heapq.heappop(self._heap)
-            if timer.pending:
-                timer.run()
-            else:
-                self._cancelled -= 1
-        if self._handle is None and self._heap:
-            self._ask(loop)
+        try:
+            while self._heap and (self._heap[0][0] <= now or not self._heap[0][2].pending):
+                _, _, timer = heapq.heappop(self._heap)
+                if timer.pending:
+                    timer.run()
+                else:
+                    self._cancelled -= 1
+        finally:  # one that raises ends this turn, and keeps no other from its time
+            if self._handle is None and self._heap:
+                self._ask(loop)

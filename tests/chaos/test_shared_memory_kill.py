@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -92,7 +92,10 @@ def truth(model: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def held(pid: int) -> tuple[int, int]:
     """(mappings, open files) of shared memory that a process has."""
     files = Path(f"/proc/{pid}/fd")
-    links = [os.readlink(files / name) for name in os.listdir(files) if (files / name).is_symlink()]
+    links = []
+    for name in os.listdir(files):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            links.append(os.readlink(files / name))
     maps = Path(f"/proc/{pid}/maps").read_text()
     return maps.count("memfd:expertmesh"), sum("memfd:expertmesh" in link for link in links)
 
