@@ -4,9 +4,10 @@ python benchmarks/tune_kernels.py [--only h7168_i2048] [--minutes 20] [--out FOL
 
 For each shard of the shipped tables: twelve numbers of tokens, evenly routed, all experts held.
 A tile's output is compared with torch before it is timed; what differs is out. Times are of CUDA
-graphs over several routings, so that weights come from memory and not from the cache. A table is
-written after each number of tokens, with the seed's tiles for those to come: run again, and it goes
-on with them.
+graphs over several routings, so that weights come from memory and not from the cache. All tables
+are searched together, one number of tokens after the other, so that the cores compile for one
+while the GPU times another. Tables are written after each number, with the seed's tiles for those
+to come: run again, and it goes on with them.
 """
 
 from __future__ import annotations
@@ -17,26 +18,34 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+from compiling import Compilers, idle_cores, target_here
 from triton.runtime.errors import OutOfResources
-from tuning import TOKENS, Product, search
+from tuning import TOKENS, Product, Search
 from tuning_case import Case, make_matrices
 
 from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_tables import TABLES, TileTable, read_tables, write_table
-from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton_tiles import Tile, rule_tiles
+
+Runs = Sequence[Callable[[], object]]
+#: Makes sure that a product of a table, for that many tokens, is compiled with a tile.
+Compile = Callable[[TileTable, int, Product, Tile], "Future[None]"]
 
 _REPLAYS = 5
+_LONG_US = 20_000.0  # of one replay, after which two more say enough
 
 
-def graph_us(runs: Sequence[Callable[[], object]]) -> float:
+def graph_us(runs: Runs) -> float:
     """Median microseconds of one run, all of them after one another in a CUDA graph."""
-    for run in runs:  # compiled before the capture
+    for run in runs:  # loaded, and compiled if need be, before the capture
         run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -44,48 +53,115 @@ def graph_us(runs: Sequence[Callable[[], object]]) -> float:
             run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
-    times = []
-    for _ in range(_REPLAYS):
+    times: list[float] = []
+    while len(times) < (2 if times and times[0] > _LONG_US else _REPLAYS):
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(runs))
-    return statistics.median(times)
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times) / len(runs)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One table's search for one number of tokens."""
+
+    table: TileTable
+    case: Case
+    search: Search
+    time_us: Callable[[Runs], float]
+
+    def time_of(self, product: Product, tile: Tile) -> float:
+        """Infinite where the tile does not run, or not right."""
+        try:
+            if not self.case.is_right(product, tile):
+                return math.inf
+            return self.time_us(self.case.runs(product, tile))
+        except OutOfResources:
+            return math.inf
 
 
 def tune(
-    table: TileTable,
-    matrices: ExpertMatrices,
+    tables: Mapping[TileTable, ExpertMatrices],
     dtype: torch.dtype,
-    time_us: Callable[[Sequence[Callable[[], object]]], float],
+    time_us: Callable[[Runs], float],
+    compile_ahead: Compile,
     tokens: Sequence[int] = TOKENS,
+    end: float = math.inf,
 ) -> Iterator[TileTable]:
-    """The table with one more number of tokens tuned, each time, until it has all.
+    """Each table with one more number of tokens tuned, until all have all.
 
-    Activations are of `dtype`. Numbers that the table is tuned for are left alone.
+    Activations are of `dtype`. Numbers that a table is tuned for are left alone. At `end`, on
+    the monotonic clock, searches keep the best that they have met, and no other begins.
     """
+    current = {table.file_name: table for table in tables}
+    weights = {table.file_name: matrices for table, matrices in tables.items()}
+    for count in tokens:
+        if time.monotonic() > end:
+            print("time is over: run again to go on", flush=True)
+            return
+        tasks = [
+            _Task(table, Case(weights[name], table, count, dtype), _search(table, count), time_us)
+            for name, table in current.items()
+            if count not in table.tuned
+        ]
+        _run(tasks, count, compile_ahead, end)
+        for task in tasks:
+            table = current[task.table.file_name] = _with_entry(task, count)
+            yield table
+
+
+def _search(table: TileTable, tokens: int) -> Search:
+    """From the rule's tiles, the table's so far, and those of what it is tuned for."""
     sizes = (table.experts, table.hidden_size, table.intermediate_size)
-    for count in (each for each in tokens if each not in table.tuned):
-        case = Case(matrices, table, count, dtype)
+    pairs = tokens * table.top_k
+    tuned = [tiles for count, tiles in table.entries if count in table.tuned]
+    known = [table.tiles(pairs, table.experts), *tuned]
+    return Search(pairs, sizes, table.precision, known)
 
-        def time_of(product: Product, tile: Tile, case: Case = case) -> float:
-            try:
-                right = case.is_right(product, tile)
-                return time_us(case.runs(product, tile)) if right else math.inf
-            except OutOfResources:
-                return math.inf
 
-        found = search(count * table.top_k, sizes, table.precision, time_of)
-        entries = sorted((dict(table.entries) | {count: found.tiles}).items())
-        tuned = tuple(sorted((*table.tuned, count)))
-        table = replace(table, entries=tuple(entries), tuned=tuned)
-        print(
-            f"{table.file_name} {count:5} tokens: {found.gate_up_us:8.1f} + {found.down_us:8.1f} us"
-            f"  {tuple(found.tiles.gate_up)} {tuple(found.tiles.down)}",
-            flush=True,
-        )
-        yield table
+def _run(tasks: Sequence[_Task], tokens: int, compile_ahead: Compile, end: float) -> None:
+    """All searches side by side: what is compiled is timed, in the order in which it is ready."""
+    waiting: dict[Future[None], tuple[_Task, Product, Tile]] = {}
+    asked: dict[int, set[tuple[Product, Tile]]] = {id(task): set() for task in tasks}
+
+    def ask(task: _Task) -> None:
+        for product, tile in task.search.wanted():
+            if (product, tile) not in asked[id(task)]:
+                asked[id(task)].add((product, tile))
+                future = compile_ahead(task.table, tokens, product, tile)
+                waiting[future] = (task, product, tile)
+
+    for task in tasks:
+        ask(task)
+    while waiting and time.monotonic() < end:
+        wait(waiting, return_when=FIRST_COMPLETED)
+        for future in [each for each in waiting if each.done()]:
+            task, product, tile = waiting.pop(future)
+            compiled = future.exception() is None
+            task.search.tell(product, tile, task.time_of(product, tile) if compiled else math.inf)
+            ask(task)
+
+
+def _with_entry(task: _Task, tokens: int) -> TileTable:
+    found, table = task.search.found(), task.table
+    entries = tuple(sorted((dict(table.entries) | {tokens: found.tiles}).items()))
+    print(
+        f"{table.file_name} {tokens:5} tokens: {found.gate_up_us:8.1f} + {found.down_us:8.1f} us"
+        f"  {tuple(found.tiles.gate_up)} {tuple(found.tiles.down)}",
+        flush=True,
+    )
+    return replace(table, entries=entries, tuned=tuple(sorted((*table.tuned, tokens))))
+
+
+def _compile_product(
+    compilers: Compilers, table: TileTable, tokens: int, product: Product, tile: Tile
+) -> Future[None]:
+    """Beside the rule's tile of the other product."""
+    size, hidden = table.intermediate_size, table.hidden_size
+    tiles = rule_tiles(tile.block_m, hidden, size, table.precision)
+    return compilers.experts(table, tokens, tiles._replace(**{product: tile}))
 
 
 def tables_to_tune(
@@ -108,6 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of tables, e.g. i2048_bf16")
     parser.add_argument("--minutes", type=float, default=20.0, help="no search starts later")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--out", type=Path, default=TABLES, help="folder for the tables")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -116,16 +193,18 @@ def main() -> int:
 
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * options.minutes
-    tables = tables_to_tune(
+    known = tables_to_tune(
         read_tables(), read_tables(options.out), torch.cuda.get_device_name(), triton.__version__
     )
-    for table in (each for each in tables if options.only in each.file_name):
-        matrices = make_matrices(table, "cuda", torch.bfloat16)
-        for tuned in tune(table, matrices, torch.bfloat16, graph_us):
+    tables = {
+        table: make_matrices(table, "cuda", torch.bfloat16)
+        for table in known
+        if options.only in table.file_name
+    }
+    with Compilers(idle_cores(), target_here()) as compilers:
+        compile_ahead = partial(_compile_product, compilers)
+        for tuned in tune(tables, torch.bfloat16, graph_us, compile_ahead, options.tokens, end):
             write_table(tuned, options.out)
-            if time.monotonic() > end:
-                print("time is over: run again to go on", flush=True)
-                return 0
     return 0
 
 

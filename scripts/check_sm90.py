@@ -31,6 +31,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expert_service.kernels import (
     triton_down,
@@ -103,7 +104,7 @@ class Launch:
     def precision(self) -> str:
         """Of activations and weights."""
         types = dict(self.signature)
-        if "*fp8e4nv" not in types.values():
+        if not any("fp8e4nv" in kind for kind in types.values()):
             return "bf16" if "*bf16" in types.values() else "-"
         scales = ("x_scale_ptr", "h_scale_ptr", "scale_ptr")  # of activations
         return "w8a8" if any(types.get(name) == "*fp32" for name in scales) else "w8a16"
@@ -130,7 +131,7 @@ class Launch:
             return 0
         matrices, argument = WEIGHTS[self.kernel]
         sizes = dict(self.constants)
-        item = 1 if dict(self.signature)[argument] == "*fp8e4nv" else 2
+        item = 1 if "fp8e4nv" in dict(self.signature)[argument] else 2
         return matrices * int(sizes["BLOCK_N"] * sizes["BLOCK_K"]) * item
 
 
@@ -157,9 +158,12 @@ def faults(launch: Launch, outcome: Outcome) -> list[str]:
         return found
     if dict(launch.constants)["BLOCK_M"] >= 64 and not outcome.wgmma:
         found.append("no wgmma")
-    # Each stage of the pipeline has loads of its own.
+    if dict(launch.constants).get("TMA"):
+        return found
+    # Each stage of the pipeline has loads of its own. One thread copies the scale of FP8 weights.
     loaded = outcome.wide_loads * WIDE * 32 * launch.num_warps
-    if outcome.narrow_copies or loaded < launch.weight_bytes * launch.num_stages:
+    scales = WEIGHTS[launch.kernel][0] * launch.num_stages if launch.precision == "w8a16" else 0
+    if outcome.narrow_copies > scales or loaded < launch.weight_bytes * launch.num_stages:
         found.append(f"weights are not loaded {WIDE} bytes at a time")
     return found
 
@@ -183,6 +187,9 @@ class _Recorder:
             is_one = isinstance(value, int) and value == 1 and free
             if parameter.is_constexpr or value is None or is_one:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, TensorDescriptor):
+                kind = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+                signature[parameter.name] = kind
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = f"*{TYPES[value.dtype]}"
                 divisible.append(index)
@@ -327,7 +334,8 @@ def _report(folder: Path, rows: list[tuple[Launch, Outcome, list[str]]]) -> None
             "precision": launch.precision,
             "H x I": launch.sizes,
             "block": launch.tile,
-            "group": dict(launch.constants).get("GROUP_M", ""),
+            "transposed": "yes" if dict(launch.constants).get("TRANSPOSED") else "no",
+            "tma": "yes" if dict(launch.constants).get("TMA") else "no",
             "warps": launch.num_warps,
             "stages": launch.num_stages,
             "registers": outcome.registers,

@@ -9,8 +9,10 @@ row, H hidden size.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +40,8 @@ _LOG = logging.getLogger(__name__)
 
 #: A stack that is full grows by this part of itself: loads one by one copy it seldom.
 _GROWTH = 8
+#: Compiling needs about 200 MB of memory a thread, and more of them than this help little.
+_MOST_COMPILERS = 16
 
 
 class TritonBackend:
@@ -111,7 +115,9 @@ class TritonBackend:
         with self._memory_for(held):
             self._pipeline.claim_bucket()
             if self._device.compiles:
-                for layer in {layer.shape(): layer for layer in layers}.values():
+                distinct = list({layer.shape(): layer for layer in layers}.values())
+                self._compile(distinct)
+                for layer in distinct:
                     self._warm(layer)
             for layer in layers:
                 self._record(layer)
@@ -172,15 +178,45 @@ class TritonBackend:
     def _is_w8a8(self, stack: Stack) -> bool:
         return self._w8a8 and stack.form.fp8
 
-    def _warm(self, layer: _Layer) -> None:
-        """Compiles and claims: every tile that this layer may meet, on rows that ask nothing.
+    def _compile(self, layers: Iterable[_Layer]) -> None:
+        """The products with every tile that these layers may meet, side by side on all cores: one
+        after the other, they take minutes."""
+        work = {
+            (min(rows, 2), layer, stack, self._choose_tiles(layer, stack, rows)): None
+            for layer in layers
+            for rows in (*BUCKETS, *self._warm_rows(layer))
+            for stack in layer.stacks.values()
+        }
+        threads = min(_MOST_COMPILERS, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads, "compiler") as pool:
+            for done in [pool.submit(self._compile_one, *each) for each in work]:
+                done.result()
 
-        The largest first: what it leaves in the allocator serves the others."""
+    @torch.inference_mode()  # of a thread
+    def _compile_one(self, rows: int, layer: _Layer, stack: Stack, tiles: Tiles) -> None:
+        """On rows that ask nothing; one row takes another way than two, which stand for all."""
+        with self._device.on(Lane.COMPUTE):
+            hidden, ids, weights = (
+                each.to(self._device.torch_device) for each in self._nothing(layer, rows)
+            )
+            slots, w8a8 = stack.local_slots_E, self._is_w8a8(stack)
+            grouped_swiglu_experts(
+                hidden, ids, weights, stack.matrices, slots, tiles=tiles, w8a8=w8a8
+            )
+
+    def _warm_rows(self, layer: _Layer) -> list[int]:
+        """Numbers of rows above the buckets that meet every tile, the largest first."""
 
         def tiles(rows: int) -> tuple[Tiles, ...]:
             return tuple(self._choose_tiles(layer, s, rows) for s in layer.stacks.values())
 
-        for rows in warm_rows(self._chunk(layer), tiles):
+        return warm_rows(self._chunk(layer), tiles)
+
+    def _warm(self, layer: _Layer) -> None:
+        """Compiles what is left, and claims memory: every tile, on rows that ask nothing.
+
+        The largest first: what it leaves in the allocator serves the others."""
+        for rows in self._warm_rows(layer):
             self._pieces(layer, layer.k, self._nothing(layer, rows))
 
     def _record(self, layer: _Layer) -> None:

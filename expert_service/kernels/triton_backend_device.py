@@ -46,7 +46,7 @@ class Mark(Protocol):
 
 
 class Device(Protocol):
-    """Where kernels run. Used by one thread."""
+    """Where kernels run. Used by one thread; `on` is for any."""
 
     name: str
     chip: str  # as CUDA names it; empty where there is none

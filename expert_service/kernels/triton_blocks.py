@@ -10,15 +10,15 @@ from expert_service.kernels.triton_route import load_slots
 
 
 @triton.jit
-def place(num_blocks, COLUMNS: tl.constexpr, GROUP_M: tl.constexpr):
+def place(num_blocks, COLUMNS: tl.constexpr, group_m):
     """The block and the column of this program.
 
     Blocks of one group run side by side, column by column: those of one slot share its weights.
     """
-    group = tl.program_id(0) // (GROUP_M * COLUMNS)
-    group_rows = tl.minimum(num_blocks - group * GROUP_M, GROUP_M)
-    inside = tl.program_id(0) % (GROUP_M * COLUMNS)
-    return group * GROUP_M + inside % group_rows, inside // group_rows
+    group = tl.program_id(0) // (group_m * COLUMNS)
+    group_rows = tl.minimum(num_blocks - group * group_m, group_m)
+    inside = tl.program_id(0) % (group_m * COLUMNS)
+    return group * group_m + inside % group_rows, inside // group_rows
 
 
 @triton.jit

@@ -17,17 +17,26 @@ import triton.language as tl
 from expert_service.kernels.triton_blocks import place
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows, widened
+from expert_service.kernels.triton_quantize import Rows, dequantized
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton_weights import (
+    add_product,
+    by_row,
+    described,
+    load_weights,
+    no_sum,
+    takes_descriptor,
+    weights_at,
+)
 
 
 # Numbers that vary between batches are not specialised on: no batch waits for a compilation.
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "group_m"])
 def _down_kernel(
-    h_ptr,
+    h_ptr,  # or a descriptor, with TMA
     h_scale_ptr,  # None where h is not FP8
-    down_ptr,
+    down_ptr,  # or a descriptor, with TMA
     down_scale_ptr,  # None where the weights are not FP8
     weights_ptr,
     y_ptr,
@@ -35,6 +44,7 @@ def _down_kernel(
     block_slots_ptr,
     block_rows_ptr,
     num_blocks,
+    group_m,
     stride_ha,
     stride_dl,
     stride_dh,
@@ -43,50 +53,59 @@ def _down_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    block, column = place(num_blocks, COLUMNS, GROUP_M)
+    block, column = place(num_blocks, COLUMNS, group_m)
 
     rows = tl.load(block_rows_ptr + block)
     if rows == 0:
         return
-    slot = tl.load(block_slots_ptr + block).to(tl.int64)
+    slot = tl.load(block_slots_ptr + block)
     offs_m = tl.arange(0, BLOCK_M)
     valid = offs_m < rows
     position = (block * BLOCK_M + offs_m).to(tl.int64)
     pair = tl.load(pairs_ptr + position, mask=valid, other=0)
     weight = tl.load(weights_ptr + pair, mask=valid, other=0.0)
 
-    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = column * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     safe_n = tl.minimum(offs_n, H - 1)  # columns past the end are computed, and not stored
     offs_k = tl.arange(0, BLOCK_K)
-    h_ptrs = h_ptr + position[:, None] * stride_ha + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
-    down_ptrs = down_ptr + slot * stride_dl + safe_n[None, :] * stride_dh + offs_k[:, None]
+    wide = slot.to(tl.int64)
+    if not TMA:
+        h_ptrs = h_ptr + position[:, None] * stride_ha + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
+    down_at = weights_at(down_ptr, wide, stride_dl, stride_dh, safe_n, offs_k, TMA)
     # A tile lies within one block of scales, both ways.
     ROW_SCALES: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK
     SLOT_SCALES: tl.constexpr = ROW_SCALES * ((H + SCALE_BLOCK - 1) // SCALE_BLOCK)
-    scales = slot * SLOT_SCALES + column * BLOCK_N // SCALE_BLOCK * ROW_SCALES
+    scales = wide * SLOT_SCALES + first_n // SCALE_BLOCK * ROW_SCALES
 
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    y = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
     for k in range(0, I, BLOCK_K):
-        if I % BLOCK_K == 0:
-            h = tl.load(h_ptrs + k, mask=valid[:, None], other=0.0)
-            down_w = tl.load(down_ptrs + k)  # [BLOCK_K, BLOCK_N]
+        inner = None if I % BLOCK_K == 0 else offs_k < I - k
+        if TMA:  # positions of padding hold anything: their rows are not stored
+            h = h_ptr.load([block * BLOCK_M, k])
         else:
-            inner = offs_k < I - k
-            h = tl.load(h_ptrs + k, mask=valid[:, None] & inner[None, :], other=0.0)
-            down_w = tl.load(down_ptrs + k, mask=inner[:, None], other=0.0)
+            h_mask = valid[:, None] if inner is None else valid[:, None] & inner[None, :]
+            h = tl.load(h_ptrs + k, mask=h_mask, other=0.0)
+        down_w = load_weights(down_at, slot, first_n, k, inner, BLOCK_N, BLOCK_K, TMA)
         if down_scale_ptr is None:
-            y = tl.dot(h, down_w, y, input_precision="ieee")
+            y = add_product(y, h, down_w, TRANSPOSED)
         else:
             scale = tl.load(down_scale_ptr + scales + k // SCALE_BLOCK)
-            if h_scale_ptr is not None:
+            if h_scale_ptr is None:
+                y = add_product(y, h, dequantized(down_w, scale, h), TRANSPOSED)
+            else:
                 h_scales = h_scale_ptr + position * ROW_SCALES + k // SCALE_BLOCK
-                scale = tl.load(h_scales, mask=valid, other=0.0)[:, None] * scale
-            y += tl.dot(h, widened(down_w, h), input_precision="ieee") * scale
+                h_scale = by_row(tl.load(h_scales, mask=valid, other=0.0), TRANSPOSED)
+                none = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
+                y += add_product(none, h, down_w, TRANSPOSED) * (h_scale * scale)
 
+    if TRANSPOSED:
+        y = tl.trans(y)
     y = y * weight[:, None]
     y_ptrs = y_ptr + position[:, None] * H + offs_n[None, :]
     mask = valid[:, None] & (offs_n < H)[None, :]
@@ -110,11 +129,13 @@ def down(
     h_AI, (_, H, size) = h.values_NC, matrices.down_LHI.shape
     y_AH = torch.empty(len(h_AI), H, dtype=dtype, device=h_AI.device)
     num_blocks = len(routed.block_rows)
+    uses_tma = tile.tma and takes_descriptor(matrices.down_LHI) and takes_descriptor(h_AI)
+    columns = (1, tile.block_n, tile.block_k)
     if y_AH.numel():
         _down_kernel[(num_blocks * triton.cdiv(H, tile.block_n),)](
-            h_AI,
+            described(h_AI, tile.block_m, tile.block_k) if uses_tma else h_AI,
             h.scale_NB,
-            matrices.down_LHI,
+            described(matrices.down_LHI, *columns) if uses_tma else matrices.down_LHI,
             matrices.down_scale_LBC,
             weights_RK,
             y_AH,
@@ -122,6 +143,7 @@ def down(
             routed.block_slots,
             routed.block_rows,
             num_blocks,
+            tile.group_m,
             h_AI.stride(0),
             *matrices.down_LHI.stride()[:2],
             H=H,
@@ -129,7 +151,8 @@ def down(
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
+            TRANSPOSED=tile.transposed,
+            TMA=uses_tma,
             SCALE_BLOCK=SCALE_BLOCK,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

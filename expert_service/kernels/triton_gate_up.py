@@ -4,8 +4,9 @@
 
 R rows, H hidden size, I intermediate size, L slots, K experts asked per row, A sorted positions
 (see `triton_route`). Both sums are kept in float32 and rounded once, after the product. FP8 weights
-are widened in registers, which is exact, and each block of 128 elements of a sum is multiplied by
-its scale in float32. FP8 rows (see `triton_quantize`) give FP8 rows.
+are widened in registers, times their scale, to the dtype of the rows: what a checkpoint's weights
+are, dequantised. FP8 rows (see `triton_quantize`) give FP8 rows; then each block of 128 elements of
+a sum is multiplied by its scales in float32.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -18,17 +19,26 @@ import triton.language as tl
 from expert_service.kernels.triton_blocks import place, sort_pair
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3, widened
+from expert_service.kernels.triton_quantize import Rows, block_scale, dequantized, round_e4m3
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton_weights import (
+    add_product,
+    by_row,
+    described,
+    load_weights,
+    no_sum,
+    takes_descriptor,
+    weights_at,
+)
 
 
 # Numbers that vary between batches are not specialised on: no batch waits for a compilation.
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "group_m"])
 def _gate_up_kernel(
     x_ptr,
     x_scale_ptr,  # None where x is not FP8
-    gate_ptr,
+    gate_ptr,  # or a descriptor, with TMA
     up_ptr,
     gate_scale_ptr,  # None where the weights are not FP8
     up_scale_ptr,
@@ -38,6 +48,7 @@ def _gate_up_kernel(
     block_slots_ptr,
     block_rows_ptr,
     num_blocks,
+    group_m,
     positions_ptr,  # None where pairs are sorted
     ids_ptr,
     map_ptr,  # None where ids are slots
@@ -54,11 +65,12 @@ def _gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    block, column = place(num_blocks, COLUMNS, GROUP_M)
+    block, column = place(num_blocks, COLUMNS, group_m)
 
     if positions_ptr is None:
         rows = tl.load(block_rows_ptr + block)
@@ -80,7 +92,6 @@ def _gate_up_kernel(
         )
     if rows == 0:
         return
-    slot = slot.to(tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     valid = offs_m < rows
     position = block * BLOCK_M + offs_m
@@ -89,44 +100,46 @@ def _gate_up_kernel(
     else:
         row = (tl.zeros([BLOCK_M], tl.int64) + block) // K
 
-    offs_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = column * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     safe_n = tl.minimum(offs_n, I - 1)  # columns past the end are computed, and not stored
     offs_k = tl.arange(0, BLOCK_K)
+    wide = slot.to(tl.int64)
     x_ptrs = x_ptr + row[:, None] * stride_xr + offs_k[None, :]  # [BLOCK_M, BLOCK_K]
-    gate_ptrs = gate_ptr + slot * stride_gl + safe_n[None, :] * stride_gi + offs_k[:, None]
-    up_ptrs = up_ptr + slot * stride_ul + safe_n[None, :] * stride_ui + offs_k[:, None]
+    gate_at = weights_at(gate_ptr, wide, stride_gl, stride_gi, safe_n, offs_k, TMA)
+    up_at = weights_at(up_ptr, wide, stride_ul, stride_ui, safe_n, offs_k, TMA)
     # A tile lies within one block of scales, both ways.
     ROW_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK
     SLOT_SCALES: tl.constexpr = ROW_SCALES * ((I + SCALE_BLOCK - 1) // SCALE_BLOCK)
-    scales = slot * SLOT_SCALES + column * BLOCK_N // SCALE_BLOCK * ROW_SCALES
+    scales = wide * SLOT_SCALES + first_n // SCALE_BLOCK * ROW_SCALES
 
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    gate = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
+    up = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
     for k in range(0, H, BLOCK_K):
-        if H % BLOCK_K == 0:
-            x = tl.load(x_ptrs + k, mask=valid[:, None], other=0.0)
-            gate_w = tl.load(gate_ptrs + k)  # [BLOCK_K, BLOCK_N]
-            up_w = tl.load(up_ptrs + k)
-        else:
-            inner = offs_k < H - k
-            x = tl.load(x_ptrs + k, mask=valid[:, None] & inner[None, :], other=0.0)
-            gate_w = tl.load(gate_ptrs + k, mask=inner[:, None], other=0.0)
-            up_w = tl.load(up_ptrs + k, mask=inner[:, None], other=0.0)
+        inner = None if H % BLOCK_K == 0 else offs_k < H - k
+        x_mask = valid[:, None] if inner is None else valid[:, None] & inner[None, :]
+        x = tl.load(x_ptrs + k, mask=x_mask, other=0.0)
+        gate_w = load_weights(gate_at, slot, first_n, k, inner, BLOCK_N, BLOCK_K, TMA)
+        up_w = load_weights(up_at, slot, first_n, k, inner, BLOCK_N, BLOCK_K, TMA)
         if gate_scale_ptr is None:
-            gate = tl.dot(x, gate_w, gate, input_precision="ieee")
-            up = tl.dot(x, up_w, up, input_precision="ieee")
+            gate = add_product(gate, x, gate_w, TRANSPOSED)
+            up = add_product(up, x, up_w, TRANSPOSED)
         else:
             gate_scale = tl.load(gate_scale_ptr + scales + k // SCALE_BLOCK)
             up_scale = tl.load(up_scale_ptr + scales + k // SCALE_BLOCK)
-            if x_scale_ptr is not None:
+            if x_scale_ptr is None:
+                gate = add_product(gate, x, dequantized(gate_w, gate_scale, x), TRANSPOSED)
+                up = add_product(up, x, dequantized(up_w, up_scale, x), TRANSPOSED)
+            else:
                 x_scales = x_scale_ptr + row * ROW_SCALES + k // SCALE_BLOCK
-                x_scale = tl.load(x_scales, mask=valid, other=0.0)[:, None]
-                gate_scale = x_scale * gate_scale
-                up_scale = x_scale * up_scale
-            gate += tl.dot(x, widened(gate_w, x), input_precision="ieee") * gate_scale
-            up += tl.dot(x, widened(up_w, x), input_precision="ieee") * up_scale
+                x_scale = by_row(tl.load(x_scales, mask=valid, other=0.0), TRANSPOSED)
+                none = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
+                gate += add_product(none, x, gate_w, TRANSPOSED) * (x_scale * gate_scale)
+                up += add_product(none, x, up_w, TRANSPOSED) * (x_scale * up_scale)
 
     h = gate * tl.sigmoid(gate) * up
+    if TRANSPOSED:
+        h = tl.trans(h)
     position = position.to(tl.int64)
     if h_scale_ptr is not None:
         # Columns past the end repeat the last one: the largest value is not changed by them.
@@ -152,12 +165,14 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
     if x.scale_NB is not None:
         h_scale_AB = x.scale_NB.new_empty(len(h_AI), triton.cdiv(size, SCALE_BLOCK))
     num_blocks = len(routed.block_rows)
+    uses_tma = tile.tma and all(map(takes_descriptor, (matrices.gate_LIH, matrices.up_LIH)))
+    columns = (1, tile.block_n, tile.block_k)
     if h_AI.numel():
         _gate_up_kernel[(num_blocks * triton.cdiv(size, tile.block_n),)](
             x.values_NC,
             x.scale_NB,
-            matrices.gate_LIH,
-            matrices.up_LIH,
+            described(matrices.gate_LIH, *columns) if uses_tma else matrices.gate_LIH,
+            described(matrices.up_LIH, *columns) if uses_tma else matrices.up_LIH,
             matrices.gate_scale_LBC,
             matrices.up_scale_LBC,
             h_AI,
@@ -166,6 +181,7 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
             routed.block_slots,
             routed.block_rows,
             num_blocks,
+            tile.group_m,
             *_unsorted(routed),
             x.values_NC.stride(0),
             *matrices.gate_LIH.stride()[:2],
@@ -176,7 +192,8 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
+            TRANSPOSED=tile.transposed,
+            TMA=uses_tma,
             SCALE_BLOCK=SCALE_BLOCK,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

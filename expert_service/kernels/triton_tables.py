@@ -104,7 +104,7 @@ def write_table(table: TileTable, folder: Path) -> Path:
     fields = [f'  "{name}": {json.dumps(getattr(table, name))}' for name in _FIELDS]
     head = "{\n" + ",\n".join(fields)
     rows = [
-        f'    "{tokens}": {{"gate_up": {list(tiles.gate_up)}, "down": {list(tiles.down)}}}'
+        f'    "{tokens}": {json.dumps({"gate_up": tiles.gate_up, "down": tiles.down})}'
         for tokens, tiles in table.entries
     ]
     columns = ", ".join(f'"{name}"' for name in Tile._fields)

@@ -33,6 +33,8 @@ class Tile(NamedTuple):
     group_m: int  # blocks of rows that run side by side over one block of columns
     num_warps: int
     num_stages: int
+    transposed: bool = False  # the result's transpose is computed: see `triton_weights`
+    tma: bool = False  # weights come by the copy engine, where they are aligned for it
 
 
 class Tiles(NamedTuple):

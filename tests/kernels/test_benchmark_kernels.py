@@ -64,6 +64,7 @@ _WITH_MADE_UP_TIMES = """
         name: kernels.in_bfloat16(side) for name, side in others(*given).items()
     }
     kernels.Sides = MadeUp
+    kernels._compile = lambda *given: None
     kernels.Bench.rehearsing = False
     kernels.Bench.chip = kernels.Chip(1e12, 100e12)
     kernels.torch.bfloat16 = kernels.torch.float16

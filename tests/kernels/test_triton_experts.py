@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_service.kernels import triton_reference as reference
-from expert_service.kernels.triton_matrices import ExpertMatrices
-from expert_service.kernels.triton_tiles import Tile, Tiles
+from expert_service.kernels.triton_matrices import FP8, ExpertMatrices
+from expert_service.kernels.triton_tiles import Tile, Tiles, rule_tiles
 from tests.kernels.tolerances import assert_close
 from tests.kernels.triton_cases import DTYPES, EXPERTS, experts_of, routing_of, rows_of, run
 
@@ -160,3 +160,24 @@ def test_weights_may_be_parts_of_larger_tensors() -> None:
     out = run(*call, views)
 
     assert_close(out, reference.grouped_swiglu_experts(*call, experts), torch.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@pytest.mark.parametrize(("hidden", "width"), [(80, 48), (150, 140)], ids=["aligned", "ragged"])
+@pytest.mark.parametrize("precision", ["plain", "w8a16", "w8a8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_way_to_multiply_gives_the_same_result(
+    dtype: torch.dtype, precision: str, hidden: int, width: int, tma: bool, transposed: bool
+) -> None:
+    """Ragged matrices are none that the copy engine takes: they come by pointers all the same."""
+    experts = experts_of(dtype if precision == "plain" else FP8, hidden, width, slots=3)
+    w8a8 = precision == "w8a8"
+    tiles = rule_tiles(32, hidden, width, experts.precision(w8a8))
+    tiles = Tiles(*(each._replace(transposed=transposed, tma=tma) for each in tiles))
+    call = (rows_of(20, dtype, hidden), *routing_of(20, 2, experts=3))
+
+    out = run(*call, experts, tiles=tiles, w8a8=w8a8)
+
+    expected = reference.grouped_swiglu_experts(*call, experts, w8a8=w8a8)
+    assert_close(out, expected, FP8 if w8a8 else dtype)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,10 +16,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks.tuning import block_sizes, descend, may_run, neighbours, search
+from benchmarks.tuning import Descent, Found, Product, Search, block_sizes, may_run, neighbours
 from benchmarks.tuning_case import Case, make_matrices
 from expert_service.kernels.triton_tables import TileTable, read_tables, write_table
-from expert_service.kernels.triton_tiles import Precision, Tile, rule_tiles, rule_tiles_for
+from expert_service.kernels.triton_tiles import Precision, Tile, Tiles, rule_tiles, rule_tiles_for
 from tests.kernels.triton_cases import DEVICE
 
 SIZES = (8, 7168, 2048)
@@ -46,33 +49,72 @@ def tune_kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("tune_kernels")
 
 
-def test_a_search_ends_at_the_fastest_tile_that_single_steps_reach() -> None:
+def _descend(time_of: Callable[[Tile], float], *starts: Tile) -> tuple[Descent, list[Tile]]:
+    """A descent that was told all it wanted, and the tiles in the order that it wanted them."""
+    descent, told = Descent(starts or (START,), "down", "bf16"), list[Tile]()
+    while descent.wanted:
+        told.append(descent.wanted[0])
+        descent.tell(told[-1], time_of(told[-1]))
+    return descent, told
+
+
+def _search(search: Search, time_of: Callable[[Product, Tile], float]) -> Found:
+    while wanted := search.wanted():
+        for product, tile in wanted:
+            search.tell(product, tile, time_of(product, tile))
+    return search.found()
+
+
+def test_a_descent_ends_at_the_fastest_tile_that_single_steps_reach() -> None:
     best = Tile(16, 32, 64, 4, 8, 3)
 
-    def time_of(_product: str, tile: Tile) -> float:
-        return 1.0 + sum(abs(math.log2(a / b)) for a, b in zip(tile, best, strict=True))
+    def time_of(tile: Tile) -> float:
+        return 1.0 + sum(abs(math.log2((a + 1) / (b + 1))) for a, b in zip(tile, best, strict=True))
 
-    assert descend(START, "down", "bf16", time_of) == (best, 1.0)
+    descent, _ = _descend(time_of)
+
+    assert descent.best == (best, 1.0)
+
+
+def test_sides_that_help_alone_are_taken_together() -> None:
+    """Two rounds instead of one for each side."""
+    best = Tile(16, 32, 64, 4, 8, 3)
+
+    def time_of(tile: Tile) -> float:
+        return 1.0 + sum(a != b for a, b in zip(tile, best, strict=True))
+
+    _, told = _descend(time_of)
+
+    assert best in told[: 1 + 2 * 11 + 1]
 
 
 def test_a_tile_is_timed_once() -> None:
-    timed: list[Tile] = []
+    descent, told = _descend(lambda _tile: 1.0)
 
-    def time_of(_product: str, tile: Tile) -> float:
-        timed.append(tile)
-        return 1.0
+    assert descent.best == (START, 1.0)
+    assert len(told) == len(set(told)) == 11  # itself, and what is next to it on seven sides
 
-    assert descend(START, "down", "bf16", time_of) == (START, 1.0)
-    assert len(timed) == len(set(timed)) == 9  # itself, and what is next to it on five sides
+
+def test_a_difference_that_may_be_noise_moves_nothing() -> None:
+    descent, told = _descend(lambda tile: 1.0 if tile == START else 0.997)
+
+    assert descent.best == (START, 1.0)
+    assert len(told) == 11
+
+
+def test_a_descent_goes_on_from_the_fastest_of_its_starts() -> None:
+    other = START._replace(block_n=32)
+    descent, told = _descend(lambda tile: 1.0 + (tile.block_n != 32), START, other)
+
+    assert told[:2] == [START, other]
+    assert descent.best == (other, 1.0)
 
 
 def test_a_tile_that_does_not_run_is_left_for_one_that_does() -> None:
-    def time_of(_product: str, tile: Tile) -> float:
-        return math.inf if tile.num_stages > 3 else 5.0
+    start = START._replace(num_stages=3)
+    descent, _ = _descend(lambda tile: math.inf if tile.num_stages > 3 else 5.0, START, start)
 
-    tile, time_us = descend(START, "down", "bf16", time_of)
-
-    assert (tile.num_stages, time_us) == (3, 5.0)
+    assert descent.best == (start, 5.0)
 
 
 def test_the_neighbours_of_an_end_are_one() -> None:
@@ -130,40 +172,132 @@ def test_blocks_next_to_the_rules_are_tried(
 
 def test_both_products_share_the_block_that_is_best_for_their_sum() -> None:
     """32 rows are best for the first product, 64 for the second, by more."""
-    times = {"gate_up": {16: 9.0, 32: 1.0, 64: 2.0}, "down": {16: 9.0, 32: 8.0, 64: 3.0}}
+    times = {"gate_up": {16: 4.0, 32: 1.0, 64: 2.0}, "down": {16: 4.0, 32: 4.5, 64: 3.0}}
 
-    found = search(128, SIZES, "bf16", lambda product, tile: times[product][tile.block_m])
+    found = _search(Search(128, SIZES, "bf16"), lambda product, tile: times[product][tile.block_m])
 
     assert (found.tiles.gate_up.block_m, found.tiles.down.block_m) == (64, 64)
     assert (found.gate_up_us, found.down_us) == (2.0, 3.0)
 
 
+def test_a_size_of_block_that_is_far_slower_is_not_searched_further() -> None:
+    asked: list[int] = []
+
+    def time_of(_product: Product, tile: Tile) -> float:
+        asked.append(tile.block_m)
+        return 1.0 if tile.block_m == 32 else 1.3
+
+    found = _search(Search(128, SIZES, "bf16"), time_of)
+
+    assert found.total_us() == 2.0
+    assert asked.count(16) <= 12  # the first tiles of both products
+    assert asked.count(32) > 20
+
+
+def test_tiles_that_others_found_are_tried_first() -> None:
+    known = Tiles(Tile(32, 32, 64, 4, 8, 5), Tile(32, 32, 64, 4, 8, 5))
+
+    wanted = Search(128, SIZES, "bf16", [known]).wanted()
+
+    assert {("gate_up", known.gate_up), ("down", known.down)} <= set(wanted)
+
+
 def test_a_search_in_which_nothing_runs_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="no tile runs for 8 pairs"):
-        search(8, SIZES, "bf16", lambda _product, _tile: math.inf)
+        _search(Search(8, SIZES, "bf16"), lambda _product, _tile: math.inf)
+
+
+def _nothing_to_compile(*_: object) -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
 
 
 @pytest.mark.parametrize("precision", ["fp32", "w8a8"])
 def test_a_table_is_tuned_with_what_is_right(
     precision: Precision, tune_kernels: ModuleType
 ) -> None:
-    """Real kernels, and a clock by which the first tile of all is the fastest."""
-    table, dtype = _shard(precision), torch.float32
+    """Real kernels, and a clock by which all tiles are as fast: the first are kept."""
+    table, dtype = replace(_shard(precision), tuned=()), torch.float32
     matrices = make_matrices(table, DEVICE, dtype)
     outputs: list[int] = []
 
     def time_us(runs: Sequence[Callable[[], torch.Tensor]]) -> float:
         outputs.append(runs[0]().shape[1])
-        return float(len(outputs))
+        return 1.0
 
-    (tuned,) = tune_kernels.tune(table, matrices, dtype, time_us, tokens=(1, 3))
+    *_, tuned = tune_kernels.tune(
+        {table: matrices}, dtype, time_us, _nothing_to_compile, tokens=(1, 3)
+    )
 
     assert tuned.tuned == (1, 3)
-    assert dict(tuned.entries) == {
-        1: table.entries[0][1],
-        3: rule_tiles_for(6, (4, 40, 24), precision),
-    }
+    assert [tokens for tokens, _ in tuned.entries] == [1, 3]
+    assert dict(tuned.entries)[1] == rule_tiles_for(2, (4, 40, 24), precision)
     assert set(outputs) == {24, 40}
+
+
+def test_a_tile_that_does_not_compile_is_not_run(tune_kernels: ModuleType) -> None:
+    table = replace(_shard("fp32"), tuned=())
+    matrices = make_matrices(table, DEVICE, torch.float32)
+    refused: list[Tile] = []
+
+    def compile_ahead(_table: object, _tokens: int, product: Product, tile: Tile) -> Future[None]:
+        future = _nothing_to_compile()
+        if product == "down" and not refused:
+            refused.append(tile)
+            future = Future()
+            future.set_exception(RuntimeError("does not compile"))
+        return future
+
+    *_, tuned = tune_kernels.tune(
+        {table: matrices}, torch.float32, lambda _runs: 1.0, compile_ahead, tokens=(8,)
+    )
+
+    assert dict(tuned.entries)[8].down not in refused
+
+
+def test_no_search_begins_once_the_time_is_over(tune_kernels: ModuleType) -> None:
+    table = replace(_shard("fp32"), tuned=())
+    matrices = make_matrices(table, DEVICE, torch.float32)
+
+    tuned = tune_kernels.tune(
+        {table: matrices}, torch.float32, lambda _runs: 1.0, _nothing_to_compile, (1,), end=0.0
+    )
+
+    assert list(tuned) == []
+
+
+_COMPILE = """
+import sys
+from compiling import Compilers, GPUTarget
+from expert_service.kernels.triton_tables import read_tables
+
+if __name__ == "__main__":
+    table = read_tables()[0]
+    with Compilers(1, GPUTarget("cuda", 90, 32)) as compilers:
+        for tokens, tiles in table.entries[: int(sys.argv[1])]:
+            compilers.experts(table, tokens, tiles).result()
+"""
+
+
+def test_what_a_worker_compiles_is_in_the_cache_for_others(tmp_path: Path) -> None:
+    """Compiled for a chip that is not here, as often as it is new."""
+    script, cache, root = tmp_path / "compile.py", tmp_path / "cache", Path(__file__).parents[2]
+    script.write_text(_COMPILE)
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": f"{root}:{root / 'benchmarks'}",
+        "TRITON_CACHE_DIR": str(cache),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    entries = []
+    for count in ("1", "1", "2"):
+        command = [sys.executable, str(script), count]
+        subprocess.run(command, env=environment, check=True, timeout=120)
+        entries.append({path.name for path in cache.iterdir()})
+
+    assert entries[0] == entries[1]
+    assert entries[0] < entries[2]
 
 
 @pytest.mark.parametrize("product", ["gate_up", "down"])
