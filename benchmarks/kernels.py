@@ -368,7 +368,10 @@ def main() -> int:
     bench = Bench(arguments, report, device)
     if not arguments.rehearse:
         _measure_chip(bench)
-    _run(bench)
+    try:
+        _run(bench)
+    except KeyboardInterrupt:  # out of time: what was measured is shown
+        _fail(bench, "the rest", TimeoutError("interrupted"))
     if report.rows:
         print(report.markdown())
     if arguments.json:

@@ -36,31 +36,46 @@ from expert_service.kernels.triton_tables import TABLES, TileTable, read_tables,
 from expert_service.kernels.triton_tiles import Tile, rule_tiles
 
 Runs = Sequence[Callable[[], object]]
+#: Microseconds of one run, all of them after one another; what is surely more than the number
+#: given may be measured roughly.
+TimeUs = Callable[[Runs, float], float]
 #: Makes sure that a product of a table, for that many tokens, is compiled with a tile.
 Compile = Callable[[TileTable, int, Product, Tile], "Future[None]"]
 
 _REPLAYS = 5
+_LAUNCH_US = 100.0  # that Python takes to launch a kernel, at most
+_HOPELESS = 1.3  # times the best
 _LONG_US = 20_000.0  # of one replay, after which two more say enough
 
 
-def graph_us(runs: Runs) -> float:
-    """Median microseconds of one run, all of them after one another in a CUDA graph."""
-    for run in runs:  # loaded, and compiled if need be, before the capture
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def graph_us(runs: Runs, hopeless_us: float) -> float:
+    """See TimeUs: the median of replays of a CUDA graph, or launches where these take too long."""
+
+    def launch() -> None:
         for run in runs:
             run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    launch()  # loads, and compiles if need be, before the capture
+    launched_us = _event_us(launch) / len(runs)
+    if launched_us > hopeless_us + _LAUNCH_US:
+        return launched_us
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
     graph.replay()
     times: list[float] = []
     while len(times) < (2 if times and times[0] > _LONG_US else _REPLAYS):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
+        times.append(_event_us(graph.replay))
     return statistics.median(times) / len(runs)
+
+
+def _event_us(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
 
 
 @dataclass(frozen=True)
@@ -70,14 +85,15 @@ class _Task:
     table: TileTable
     case: Case
     search: Search
-    time_us: Callable[[Runs], float]
+    time_us: TimeUs
 
     def time_of(self, product: Product, tile: Tile) -> float:
         """Infinite where the tile does not run, or not right."""
         try:
             if not self.case.is_right(product, tile):
                 return math.inf
-            return self.time_us(self.case.runs(product, tile))
+            best_us = self.search.best_us(product, tile.block_m)
+            return self.time_us(self.case.runs(product, tile), _HOPELESS * best_us)
         except OutOfResources:
             return math.inf
 
@@ -85,7 +101,7 @@ class _Task:
 def tune(
     tables: Mapping[TileTable, ExpertMatrices],
     dtype: torch.dtype,
-    time_us: Callable[[Runs], float],
+    time_us: TimeUs,
     compile_ahead: Compile,
     tokens: Sequence[int] = TOKENS,
     end: float = math.inf,
@@ -113,11 +129,12 @@ def tune(
 
 
 def _search(table: TileTable, tokens: int) -> Search:
-    """From the rule's tiles, the table's so far, and those of what it is tuned for."""
+    """From the rule's tiles, the table's so far, and what the nearest numbers were tuned to."""
     sizes = (table.experts, table.hidden_size, table.intermediate_size)
     pairs = tokens * table.top_k
-    tuned = [tiles for count, tiles in table.entries if count in table.tuned]
-    known = [table.tiles(pairs, table.experts), *tuned]
+    tuned = [(count, tiles) for count, tiles in table.entries if count in table.tuned]
+    tuned.sort(key=lambda entry: abs(math.log(entry[0] / tokens)))
+    known = [table.tiles(pairs, table.experts), *(tiles for _, tiles in tuned[:2])]
     return Search(pairs, sizes, table.precision, known)
 
 

@@ -24,7 +24,7 @@ from expert_service.kernels.triton_tiles import (
 
 Product = Literal["gate_up", "down"]
 #: Tokens that a table has entries for; first those of the roofline, should time run out.
-TOKENS = (1, 16, 128, 1024, 8192, 2, 4, 8, 32, 64, 256, 512)
+TOKENS = (128, 1024, 8192, 16, 1, 64, 256, 512, 32, 4, 8, 2)
 
 _MATRICES: dict[Product, int] = {"gate_up": 2, "down": 1}
 _ITEM_BYTES: dict[Precision, tuple[int, int]] = {  # of an activation and of a weight
@@ -43,11 +43,11 @@ _HOPELESS = 1.25
 #: Sums of a thread, beyond which some of 255 registers are surely spilled.
 _MOST_SUMS = 128
 _SIDES: dict[str, tuple[int, ...]] = {
-    "block_n": (16, 32, 64, 128, 256),
-    "block_k": (32, 64, 128, 256),
+    "block_n": (32, 64, 128, 256),
+    "block_k": (64, 128),
     "num_stages": (2, 3, 4, 5, 6),
     "num_warps": (4, 8, 16),
-    "group_m": (1, 4, 16, 32),
+    "group_m": (1, 4, 8, 16, 32, 64),
     "transposed": (False, True),
     "tma": (False, True),
 }
@@ -78,7 +78,7 @@ def may_run(tile: Tile, product: Product, precision: Precision) -> bool:
         if max(tile.block_n, tile.block_k) > 128:
             return False
         sums += tile.block_m * tile.block_n / (32 * tile.num_warps)  # of one block of scales
-        if (product, precision) == ("gate_up", "w8a8") and tile.block_n != 128:
+        if product == "gate_up" and tile.block_n != 128:
             return False
     return sums <= _MOST_SUMS
 
@@ -178,6 +178,12 @@ class Search:
         """Microseconds of a wanted tile; infinite where it does not run, or not right."""
         if tile.block_m in self._descents:  # else it was given up meanwhile
             self._descents[tile.block_m][product].tell(tile, us)
+
+    def best_us(self, product: Product, block_m: int) -> float:
+        """Of that product with that size of block, so far; infinite where none has run."""
+        if block_m not in self._descents:
+            return math.inf
+        return self._descents[block_m][product].best[1]
 
     def found(self) -> Found:
         """The best so far. RuntimeError where no tile ran."""

@@ -70,6 +70,12 @@ class RebalanceLoop:
     async def _move(self, decision: Decision) -> None:
         loads, drops = _copies(decision.moves, "load"), _copies(decision.moves, "drop")
         try:
+            await self._migrate(decision, loads, drops)
+        finally:  # also after what nobody expected: the next try has to wait
+            self._rebalancer.moved(time.monotonic())
+
+    async def _migrate(self, decision: Decision, loads: list[Copy], drops: list[Copy]) -> None:
+        try:
             migrated = await self._mover.migrate(loads, drops, {})
         except MeshError as error:
             self.failed += 1
@@ -80,7 +86,6 @@ class RebalanceLoop:
             self.loaded += migrated.loaded
             _log.info("rebalanced: %d slots loaded, %d dropped, epoch %d", migrated.loaded,
                       migrated.dropped, migrated.epoch)  # fmt: skip
-        self._rebalancer.moved(time.monotonic())
 
     def report(self, now: float) -> pb.RebalanceReport:
         """What it last decided."""

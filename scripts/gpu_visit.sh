@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One visit to a machine with a GPU, within 9 minutes: facts, tests, kernel times, expert servers.
 #
-#   scripts/gpu_visit.sh                 # results in $OUT, or in benchmarks/results/visit
+#   scripts/gpu_visit.sh                 # results in benchmarks/results/visit, or, where $OUT is
+#                                        # set, as one archive there, up to date after each step
 #   scripts/gpu_visit.sh --tune[=PART]   # tunes tiles (of tables whose name has PART), and then
 #                                        # measures with them; fewer tests, and no peers
 #   scripts/gpu_visit.sh --rehearse      # all of it on a CPU under Triton's interpreter, tiny
@@ -20,7 +21,7 @@ for argument in "$@"; do
         --tune=*) tune=${argument#--tune=} ;;
         --rehearse) rehearse=--rehearse ;;
         --quick) quick=--quick ;;
-        *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 done
 if [ -n "$quick" ] && [ -z "$rehearse" ]; then
@@ -28,11 +29,13 @@ if [ -n "$quick" ] && [ -z "$rehearse" ]; then
     exit 2
 fi
 
-out=${OUT:-benchmarks/results/visit}
+out=benchmarks/results/visit
 python=${PYTHON:-$(if [ -x .venv/bin/python ]; then echo .venv/bin/python; else echo python3; fi)}
 scratch=$(mktemp -d)
+[ -z "${OUT:-}" ] || out=$scratch/visit
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$out"
+rm -rf "$out"/tiles
 rm -f "$out"/steps.tsv "$out"/*.log "$out"/kernels.json "$out"/servers.json "$out"/facts.json
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export TRITON_DEFAULT_FP_FUSION=1 # Triton 3.9 warns where it is not said
@@ -47,11 +50,17 @@ failed=0
 step() {
     local name=$1 limit=$2 start=$SECONDS code
     shift 2
-    timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
+    # Interrupted, a program says what it has so far.
+    timeout --signal=INT --kill-after=8 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null
     code=$?
     [ "$code" -eq 0 ] || failed=1
     printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - start))" "$limit" >>"$out/steps.tsv"
     echo "$name: exit $code after $((SECONDS - start)) s" >&2
+    save
+}
+
+save() {
+    [ -z "${OUT:-}" ] || { mkdir -p "$OUT" && tar -czf "$OUT/visit.tar.gz" -C "$scratch" visit; }
 }
 
 if compgen -G '.whl/*.whl' >/dev/null; then
@@ -65,7 +74,7 @@ step facts 40 "$python" scripts/gpu_visit_report.py facts "$out/facts.json"
 # many processes, where pytest-xdist is there.
 pytest=("$python" -m pytest -q -p no:cacheprovider -W default)
 if "$python" -c 'import xdist' >/dev/null 2>&1; then
-    pytest+=(-n 8)
+    pytest+=(-n 12)
 fi
 kernel_tests=(tests/kernels/test_triton_[!s]*.py) # but sm90, which compiles and needs no GPU
 if [ -n "$quick" ]; then
@@ -80,7 +89,7 @@ fi
 
 if [ -n "$tune" ] && [ -z "$rehearse" ]; then # tuning times kernels: nothing to rehearse
     mkdir -p "$out/tiles"
-    step tune 240 "$python" benchmarks/tune_kernels.py --only "${tune#_}" --minutes 3.5 \
+    step tune 240 "$python" benchmarks/tune_kernels.py --only "${tune#_}" --minutes 3.7 \
         --out "$out/tiles"
 fi
 
@@ -99,5 +108,6 @@ fi
 step servers 80 "$python" scripts/expert_server_end_to_end.py --json "$out/servers.json" \
     $rehearse $quick
 
-"$python" scripts/gpu_visit_report.py table "$out"
+"$python" scripts/gpu_visit_report.py table "$out" | tee "$out/table.txt"
+save
 exit "$failed"

@@ -17,7 +17,7 @@ import triton.language as tl
 from expert_service.kernels.triton_blocks import place
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows, dequantized
+from expert_service.kernels.triton_quantize import Rows, widened
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 from expert_service.kernels.triton_weights import (
@@ -35,7 +35,7 @@ from expert_service.kernels.triton_weights import (
 @triton.jit(do_not_specialize=["num_blocks", "group_m"])
 def _down_kernel(
     h_ptr,  # or a descriptor, with TMA
-    h_scale_ptr,  # None where h is not FP8
+    h_scale_ptr,  # None where h has none
     down_ptr,  # or a descriptor, with TMA
     down_scale_ptr,  # None where the weights are not FP8
     weights_ptr,
@@ -96,13 +96,11 @@ def _down_kernel(
             y = add_product(y, h, down_w, TRANSPOSED)
         else:
             scale = tl.load(down_scale_ptr + scales + k // SCALE_BLOCK)
-            if h_scale_ptr is None:
-                y = add_product(y, h, dequantized(down_w, scale, h), TRANSPOSED)
-            else:
+            if h_scale_ptr is not None:
                 h_scales = h_scale_ptr + position * ROW_SCALES + k // SCALE_BLOCK
-                h_scale = by_row(tl.load(h_scales, mask=valid, other=0.0), TRANSPOSED)
-                none = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
-                y += add_product(none, h, down_w, TRANSPOSED) * (h_scale * scale)
+                scale = by_row(tl.load(h_scales, mask=valid, other=0.0), TRANSPOSED) * scale
+            none = no_sum(BLOCK_M, BLOCK_N, TRANSPOSED)
+            y += add_product(none, h, widened(down_w, h), TRANSPOSED) * scale
 
     if TRANSPOSED:
         y = tl.trans(y)

@@ -16,6 +16,7 @@ Precision = Literal["fp32", "fp16", "bf16", "w8a16", "w8a8"]
 
 #: The smallest side of a tile that `tl.dot` takes.
 _MIN_SIDE = 16
+_MIN_SUMMED = 32  # of FP8 by FP8, which the others can do with, too
 #: Of an H100 or H200.
 _MULTIPROCESSORS = 132
 #: Columns below which a program's loads are too small to hide their latency.
@@ -57,16 +58,15 @@ _16_BIT = {
     64: Tiles(Tile(64, 64, 64, 16, 4, 3), Tile(64, 128, 64, 16, 4, 3)),
     128: Tiles(Tile(128, 128, 64, 16, 8, 4), Tile(128, 256, 64, 16, 8, 4)),
 }
-# At most one block of scales each way. 128 rows where there are enough: fewer programs widen the
-# same weights.
+# 128 columns of h share a scale, so one program computes them.
 _W8A16 = {
-    16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
-    32: Tiles(Tile(32, 64, 128, 16, 4, 4), Tile(32, 128, 128, 16, 4, 4)),
-    64: Tiles(Tile(64, 64, 128, 16, 4, 3), Tile(64, 128, 128, 16, 4, 3)),
-    128: Tiles(Tile(128, 64, 128, 16, 8, 3), Tile(128, 128, 128, 16, 8, 3)),
+    16: Tiles(Tile(16, 128, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
+    32: Tiles(Tile(32, 128, 128, 16, 8, 4), Tile(32, 128, 128, 16, 4, 4)),
+    64: Tiles(Tile(64, 128, 128, 16, 8, 3), Tile(64, 128, 128, 16, 4, 3)),
+    128: Tiles(Tile(128, 128, 128, 16, 16, 3), Tile(128, 128, 128, 16, 8, 3)),
 }
-# 128 columns of h share a scale, so one program computes them. With 128 rows that takes every
-# register there is, and more in Triton 3.9: for the tuner to try, and not chosen by the rule.
+# With 128 rows that takes every register there is, and more in Triton 3.9: for the tuner to try,
+# and not chosen by the rule.
 _W8A8 = {
     16: Tiles(Tile(16, 128, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
     32: Tiles(Tile(32, 128, 128, 16, 8, 4), Tile(32, 128, 128, 16, 4, 4)),
@@ -81,7 +81,7 @@ _RULE: dict[Precision, dict[int, Tiles]] = {
     "w8a8": _W8A8,
 }
 
-_LARGEST: dict[Precision, int] = {"fp32": 128, "fp16": 128, "bf16": 128, "w8a16": 128, "w8a8": 64}
+_LARGEST: dict[Precision, int] = {"fp32": 128, "fp16": 128, "bf16": 128, "w8a16": 64, "w8a8": 64}
 
 
 def choose_block_m(assignments: int, active_experts: int, precision: Precision) -> int:
@@ -114,7 +114,7 @@ def rule_tiles_for(num_pairs: int, sizes: tuple[int, int, int], precision: Preci
     block_m = choose_block_m(num_pairs, active, precision)
     gate_up, down = rule_tiles(block_m, hidden_size, size, precision)
     blocks = max(1, active, num_pairs // block_m)
-    if precision != "w8a8":  # whose programs compute 128 columns of h, or cannot round it
+    if precision not in ("w8a16", "w8a8"):  # whose programs compute 128 columns of h, to scale it
         gate_up = _narrow(gate_up, blocks, size)
     return Tiles(gate_up, _narrow(down, blocks, hidden_size))
 
@@ -140,5 +140,5 @@ def _fit(tile: Tile, columns: int, summed: int) -> Tile:
     """No larger than the matrices."""
     return tile._replace(
         block_n=min(tile.block_n, max(_MIN_SIDE, next_power_of_2(columns))),
-        block_k=min(tile.block_k, max(_MIN_SIDE, next_power_of_2(summed))),
+        block_k=min(tile.block_k, max(_MIN_SUMMED, next_power_of_2(summed))),
     )

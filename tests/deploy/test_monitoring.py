@@ -25,7 +25,7 @@ FUNCTIONS = {
     "absent", "by", "delta", "histogram_quantile", "increase", "le", "max", "min", "or", "rate",
     "sum",
 }  # fmt: skip
-ROWS = ["Requests", "Latency", "Queue", "Balance", "Servers", "Autoscaling"]
+ROWS = ["Requests", "Latency", "Queue", "Balance", "Servers", "Autoscaling", "Placement"]
 
 
 def _dashboard() -> dict[str, Any]:

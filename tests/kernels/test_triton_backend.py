@@ -337,6 +337,7 @@ def test_a_shard_that_does_not_fit_is_refused_with_the_arithmetic() -> None:
     assert "but small has 200.00 MiB free: use more shards" in str(raised.value)
 
 
+@pytest.mark.skipif(ON_GPU, reason="its device is the interpreter")
 def test_a_slot_that_does_not_fit_later_leaves_the_others_served() -> None:
     device = SmallDevice(1 << 40)
     backend = TritonBackend(SPEC, torch.float32, device, {Slot(LAYER, 0): False})

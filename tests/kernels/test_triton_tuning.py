@@ -85,21 +85,21 @@ def test_sides_that_help_alone_are_taken_together() -> None:
 
     _, told = _descend(time_of)
 
-    assert best in told[: 1 + 2 * 11 + 1]
+    assert best in told[: 1 + 2 * 10 + 1]
 
 
 def test_a_tile_is_timed_once() -> None:
     descent, told = _descend(lambda _tile: 1.0)
 
     assert descent.best == (START, 1.0)
-    assert len(told) == len(set(told)) == 11  # itself, and what is next to it on seven sides
+    assert len(told) == len(set(told)) == 10  # itself, and what is next to it on seven sides
 
 
 def test_a_difference_that_may_be_noise_moves_nothing() -> None:
     descent, told = _descend(lambda tile: 1.0 if tile == START else 0.997)
 
     assert descent.best == (START, 1.0)
-    assert len(told) == 11
+    assert len(told) == 10
 
 
 def test_a_descent_goes_on_from_the_fastest_of_its_starts() -> None:
@@ -160,7 +160,7 @@ def test_a_search_starts_where_tiles_may_run(precision: Precision) -> None:
         (8, "bf16", [16, 32]),
         (128, "bf16", [16, 32, 64]),
         (65536, "bf16", [64, 128]),
-        (65536, "w8a16", [64, 128]),
+        (65536, "w8a16", [32, 64, 128]),
         (65536, "w8a8", [32, 64, 128]),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_table_is_tuned_with_what_is_right(
     matrices = make_matrices(table, DEVICE, dtype)
     outputs: list[int] = []
 
-    def time_us(runs: Sequence[Callable[[], torch.Tensor]]) -> float:
+    def time_us(runs: Sequence[Callable[[], torch.Tensor]], _hopeless_us: float) -> float:
         outputs.append(runs[0]().shape[1])
         return 1.0
 
@@ -250,7 +250,11 @@ def test_a_tile_that_does_not_compile_is_not_run(tune_kernels: ModuleType) -> No
         return future
 
     *_, tuned = tune_kernels.tune(
-        {table: matrices}, torch.float32, lambda _runs: 1.0, compile_ahead, tokens=(8,)
+        {table: matrices},
+        torch.float32,
+        lambda _runs, _hopeless_us: 1.0,
+        compile_ahead,
+        tokens=(8,),
     )
 
     assert dict(tuned.entries)[8].down not in refused
@@ -261,7 +265,12 @@ def test_no_search_begins_once_the_time_is_over(tune_kernels: ModuleType) -> Non
     matrices = make_matrices(table, DEVICE, torch.float32)
 
     tuned = tune_kernels.tune(
-        {table: matrices}, torch.float32, lambda _runs: 1.0, _nothing_to_compile, (1,), end=0.0
+        {table: matrices},
+        torch.float32,
+        lambda _runs, _hopeless_us: 1.0,
+        _nothing_to_compile,
+        (1,),
+        end=0.0,
     )
 
     assert list(tuned) == []
@@ -286,7 +295,7 @@ def test_what_a_worker_compiles_is_in_the_cache_for_others(tmp_path: Path) -> No
     script.write_text(_COMPILE)
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
-        "PYTHONPATH": f"{root}:{root / 'benchmarks'}",
+        "PYTHONPATH": f"{root}:{root / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}",
         "TRITON_CACHE_DIR": str(cache),
         "CUDA_VISIBLE_DEVICES": "",
     }
