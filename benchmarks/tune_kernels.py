@@ -109,14 +109,12 @@ def tune(
     """Each table with one more number of tokens tuned, until all have all.
 
     Activations are of `dtype`. Numbers that a table is tuned for are left alone. At `end`, on
-    the monotonic clock, searches keep the best that they have met, and no other begins.
+    the monotonic clock, searches that are not over are given up: what they have met so far may be
+    worse than what the table has.
     """
     current = {table.file_name: table for table in tables}
     weights = {table.file_name: matrices for table, matrices in tables.items()}
     for count in tokens:
-        if time.monotonic() > end:
-            print("time is over: run again to go on", flush=True)
-            return
         tasks = [
             _Task(table, Case(weights[name], table, count, dtype), _search(table, count), time_us)
             for name, table in current.items()
@@ -124,8 +122,13 @@ def tune(
         ]
         _run(tasks, count, compile_ahead, end)
         for task in tasks:
+            if task.search.wanted():
+                continue
             table = current[task.table.file_name] = _with_entry(task, count)
             yield table
+        if time.monotonic() > end:
+            print("time is over: run again to go on", flush=True)
+            return
 
 
 def _search(table: TileTable, tokens: int) -> Search:

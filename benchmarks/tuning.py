@@ -78,7 +78,7 @@ def may_run(tile: Tile, product: Product, precision: Precision) -> bool:
         if max(tile.block_n, tile.block_k) > 128:
             return False
         sums += tile.block_m * tile.block_n / (32 * tile.num_warps)  # of one block of scales
-        if product == "gate_up" and tile.block_n != 128:
+        if (product, precision) == ("gate_up", "w8a8") and tile.block_n != 128:
             return False
     return sums <= _MOST_SUMS
 

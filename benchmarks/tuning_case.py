@@ -102,9 +102,7 @@ class Case:
                 for ids, each in zip(self._ids, routes, strict=True)]  # fmt: skip
 
     def _rows(self, values: torch.Tensor) -> Rows:
-        if not self._matrices.is_fp8 or (self._dtype == torch.float32 and not self._w8a8):
-            return Rows(values.to(self._dtype))
-        return quantize(values.to(self._dtype), FP8 if self._w8a8 else torch.float16)
+        return quantize(values) if self._w8a8 else Rows(values.to(self._dtype))
 
     def _sorted_for(self, block_m: int) -> tuple[list[Route], list[Rows]]:
         """Each routing sorted into blocks of that many rows, and any h in that order."""

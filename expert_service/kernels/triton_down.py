@@ -35,7 +35,7 @@ from expert_service.kernels.triton_weights import (
 @triton.jit(do_not_specialize=["num_blocks", "group_m"])
 def _down_kernel(
     h_ptr,  # or a descriptor, with TMA
-    h_scale_ptr,  # None where h has none
+    h_scale_ptr,  # None where h is not FP8
     down_ptr,  # or a descriptor, with TMA
     down_scale_ptr,  # None where the weights are not FP8
     weights_ptr,

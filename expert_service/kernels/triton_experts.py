@@ -10,7 +10,7 @@ import torch
 
 from expert_service.kernels.triton_down import down
 from expert_service.kernels.triton_gate_up import gate_up
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices
+from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_quantize import Rows, quantize
 from expert_service.kernels.triton_reduce import reduce
 from expert_service.kernels.triton_route import route, route_later
@@ -32,8 +32,7 @@ def grouped_swiglu_experts(
 
     Ids are looked up in `local_slots_E` (see `route`), or are slots where it is None. `tiles` are
     the rule's unless given: for `block_m`, or for the number of pairs. With `w8a8`, for FP8 weights
-    only, x and h are rounded to FP8 too; else, before FP8 weights, 16-bit ones are brought into
-    float16. Nothing waits for the device.
+    only, x and h are rounded to FP8 too. Nothing waits for the device.
     """
     precision = matrices.precision(w8a8)
     if tiles is None:
@@ -46,9 +45,7 @@ def grouped_swiglu_experts(
     # Experts of one row differ: nothing is gained by sorting its pairs.
     sort = route_later if len(hidden_RH) == 1 else route
     routed = sort(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
-    x = Rows(hidden_RH)
-    if matrices.is_fp8 and (w8a8 or hidden_RH.dtype != torch.float32):
-        x = quantize(hidden_RH, FP8 if w8a8 else torch.float16)
+    x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)
     h = gate_up(x, matrices, routed, tiles.gate_up)
     y_AH = down(h, matrices, weights_RK, routed, tiles.down, hidden_RH.dtype)
     return reduce(y_AH, routed.positions, out_dtype)

@@ -4,9 +4,8 @@
 
 R rows, H hidden size, I intermediate size, L slots, K experts asked per row, A sorted positions
 (see `triton_route`). Both sums are kept in float32 and rounded once, after the product. FP8 weights
-are widened in registers, which is exact, unless the rows are FP8 too; each block of 128 elements of
-a sum is multiplied by its scales in float32. Rows with scales (see `triton_quantize`) give rows
-with scales.
+are widened in registers, which is exact, and each block of 128 elements of a sum is multiplied by
+its scale in float32. FP8 rows (see `triton_quantize`) give FP8 rows.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -19,7 +18,7 @@ import triton.language as tl
 from expert_service.kernels.triton_blocks import place, sort_pair
 from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
 from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows, block_scale, rounded, widened
+from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3, widened
 from expert_service.kernels.triton_route import Route
 from expert_service.kernels.triton_tiles import Tile
 from expert_service.kernels.triton_weights import (
@@ -37,13 +36,13 @@ from expert_service.kernels.triton_weights import (
 @triton.jit(do_not_specialize=["num_blocks", "group_m"])
 def _gate_up_kernel(
     x_ptr,
-    x_scale_ptr,  # None where x has none
+    x_scale_ptr,  # None where x is not FP8
     gate_ptr,  # or a descriptor, with TMA
     up_ptr,
     gate_scale_ptr,  # None where the weights are not FP8
     up_scale_ptr,
     h_ptr,
-    h_scale_ptr,  # None where x has none
+    h_scale_ptr,  # None where x is not FP8
     pairs_ptr,
     block_slots_ptr,
     block_rows_ptr,
@@ -142,8 +141,8 @@ def _gate_up_kernel(
     position = position.to(tl.int64)
     if h_scale_ptr is not None:
         # Columns past the end repeat the last one: the largest value is not changed by them.
-        h_scale = block_scale(h, h_ptr.dtype.element_ty)
-        h = rounded(h / h_scale[:, None], h_ptr.dtype.element_ty)
+        h_scale = block_scale(h)
+        h = round_e4m3(h / h_scale[:, None])
         BLOCKS: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK
         tl.store(h_scale_ptr + position * BLOCKS + column, h_scale, mask=valid)
     h_ptrs = h_ptr + position[:, None] * I + offs_n[None, :]
@@ -154,8 +153,8 @@ def _gate_up_kernel(
 def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Rows:
     """h [A, I] in the dtype of `x`, with scales if it has; undefined at positions of padding.
 
-    The last dimension of each input must be contiguous. A route of `route_later` is filled in. Rows
-    with scales need a tile of 128 columns, since 128 columns of h share a scale.
+    The last dimension of each input must be contiguous. A route of `route_later` is filled in. FP8
+    rows need a tile of 128 columns, since 128 columns of h share a scale.
     """
     _check(x, matrices, routed, tile)
     _, H, size = matrices.sizes

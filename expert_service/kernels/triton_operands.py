@@ -11,17 +11,13 @@ from expert_service.kernels.triton_tiles import Tile
 
 
 def check_rows(name: str, rows: Rows, matrix: torch.Tensor) -> None:
-    """Rows of the weights' dtype; before FP8 weights, float32 or what `quantize` makes of any."""
+    """Rows of the weights' dtype; before FP8 weights, rows of any, FP8 ones with their scales."""
     values = rows.values_NC
     if matrix.dtype != FP8 and values.dtype != matrix.dtype:
         raise ValueError(f"{name} is {values.dtype}; expected {matrix.dtype} as of the weights")
     _check_dense(name, values)
-    has_scale, is_wide = rows.scale_NB is not None, values.dtype == torch.float32
-    if (matrix.dtype == FP8 and has_scale == is_wide) or (matrix.dtype != FP8 and has_scale):
-        raise ValueError(
-            f"{name} is {values.dtype} with{'' if has_scale else 'out'} scales; before {FP8} "
-            "weights, float32 has none and others have, before others none has"
-        )
+    if (values.dtype == FP8) != (rows.scale_NB is not None):
+        raise ValueError(f"{name} is {values.dtype}; scales belong to {FP8}, and only to it")
     if rows.scale_NB is not None:
         blocks = -(-values.shape[1] // SCALE_BLOCK)
         _check_scale(f"{name}_scale", rows.scale_NB, (len(values), blocks))

@@ -88,17 +88,11 @@ def _filled(routed: Route) -> list[tuple[int, int, int]]:
     ]
 
 
-def quantize(x_NC: torch.Tensor, dtype: torch.dtype = FP8) -> Rows:
+def quantize(x_NC: torch.Tensor) -> Rows:
     """See `triton_quantize.quantize`."""
     blocks = x_NC.float().split(SCALE_BLOCK, dim=1)
-    largest = [block.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) for block in blocks]
-    if dtype == FP8:
-        scales = [each / 448 for each in largest]
-    else:  # frexp's mantissa is in [0.5, 1)
-        scales = [
-            torch.ldexp(torch.ones_like(each), each.frexp().exponent - 15) for each in largest
-        ]
-    values = [(block / scale).to(dtype) for block, scale in zip(blocks, scales, strict=True)]
+    scales = [block.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 448 for block in blocks]
+    values = [(block / scale).to(FP8) for block, scale in zip(blocks, scales, strict=True)]
     return Rows(torch.cat(values, dim=1), torch.cat(scales, dim=1))
 
 
@@ -130,11 +124,7 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
     for position, pair, slot in _filled(routed):
         x_H = x_RH[pair // routed.positions.shape[1]]
         h_AI[position] = torch.nn.functional.silu(gate_LIH[slot] @ x_H) * (up_LIH[slot] @ x_H)
-    return (
-        Rows(h_AI.to(x.values_NC.dtype))
-        if x.scale_NB is None
-        else quantize(h_AI, x.values_NC.dtype)
-    )
+    return Rows(h_AI.to(x.values_NC.dtype)) if x.scale_NB is None else quantize(h_AI)
 
 
 def down(

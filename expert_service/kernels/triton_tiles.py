@@ -3,7 +3,7 @@
     BM = clamp(pow2(2 * assignments / active experts), 16, largest)
 
 Twice the mean load of an expert, so that one of uneven load still fits in few blocks: weights are
-read once per block. No GPU was at hand when this was written: the rule is a seed from kernels that
+read once per block. The rule is a seed, from kernels that
 others tuned on an H200, and a table (see `triton_tables`) comes before it.
 """
 
@@ -58,15 +58,16 @@ _16_BIT = {
     64: Tiles(Tile(64, 64, 64, 16, 4, 3), Tile(64, 128, 64, 16, 4, 3)),
     128: Tiles(Tile(128, 128, 64, 16, 8, 4), Tile(128, 256, 64, 16, 8, 4)),
 }
-# 128 columns of h share a scale, so one program computes them.
+# At most one block of scales each way. 128 rows where there are enough: fewer programs widen the
+# same weights.
 _W8A16 = {
-    16: Tiles(Tile(16, 128, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
-    32: Tiles(Tile(32, 128, 128, 16, 8, 4), Tile(32, 128, 128, 16, 4, 4)),
-    64: Tiles(Tile(64, 128, 128, 16, 8, 3), Tile(64, 128, 128, 16, 4, 3)),
-    128: Tiles(Tile(128, 128, 128, 16, 16, 3), Tile(128, 128, 128, 16, 8, 3)),
+    16: Tiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
+    32: Tiles(Tile(32, 64, 128, 16, 4, 4), Tile(32, 128, 128, 16, 4, 4)),
+    64: Tiles(Tile(64, 64, 128, 16, 4, 3), Tile(64, 128, 128, 16, 4, 3)),
+    128: Tiles(Tile(128, 64, 128, 16, 8, 3), Tile(128, 128, 128, 16, 8, 3)),
 }
-# With 128 rows that takes every register there is, and more in Triton 3.9: for the tuner to try,
-# and not chosen by the rule.
+# 128 columns of h share a scale, so one program computes them. With 128 rows that takes every
+# register there is, and more in Triton 3.9: for the tuner to try, and not chosen by the rule.
 _W8A8 = {
     16: Tiles(Tile(16, 128, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4)),
     32: Tiles(Tile(32, 128, 128, 16, 8, 4), Tile(32, 128, 128, 16, 4, 4)),
@@ -81,7 +82,7 @@ _RULE: dict[Precision, dict[int, Tiles]] = {
     "w8a8": _W8A8,
 }
 
-_LARGEST: dict[Precision, int] = {"fp32": 128, "fp16": 128, "bf16": 128, "w8a16": 64, "w8a8": 64}
+_LARGEST: dict[Precision, int] = {"fp32": 128, "fp16": 128, "bf16": 128, "w8a16": 128, "w8a8": 64}
 
 
 def choose_block_m(assignments: int, active_experts: int, precision: Precision) -> int:
@@ -114,7 +115,7 @@ def rule_tiles_for(num_pairs: int, sizes: tuple[int, int, int], precision: Preci
     block_m = choose_block_m(num_pairs, active, precision)
     gate_up, down = rule_tiles(block_m, hidden_size, size, precision)
     blocks = max(1, active, num_pairs // block_m)
-    if precision not in ("w8a16", "w8a8"):  # whose programs compute 128 columns of h, to scale it
+    if precision != "w8a8":  # whose programs compute 128 columns of h, or cannot round it
         gate_up = _narrow(gate_up, blocks, size)
     return Tiles(gate_up, _narrow(down, blocks, hidden_size))
 

@@ -140,18 +140,15 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch(w8a8: bool) -> None:
     assert torch.equal(alone, together[7:8])
 
 
-@pytest.mark.parametrize("to", [FP8, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (33, 128), (40, 300), (0, 5)])
-def test_quantize_equals_its_reference(
-    rows: int, columns: int, dtype: torch.dtype, to: torch.dtype
-) -> None:
+def test_quantize_equals_its_reference(rows: int, columns: int, dtype: torch.dtype) -> None:
     x = rows_of(rows, torch.float32, columns) ** 9  # many are small beside the largest
     x = (x * torch.logspace(-6, -1, rows)[:, None]).to(dtype)
 
-    values, scale = (tensor.cpu() for tensor in quantize(x.to(DEVICE), to))
+    values, scale = (tensor.cpu() for tensor in quantize(x.to(DEVICE)))
 
-    expected, expected_scale = reference.quantize(x, to)
+    expected, expected_scale = reference.quantize(x)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     # A GPU's division may be an ulp away, which decides between two steps where it is a tie.
     assert (values.float() != expected.float()).sum() <= (1e-3 * x.numel() if ON_GPU else 0)
@@ -165,18 +162,6 @@ def test_a_row_of_zeros_has_a_scale() -> None:
 
     found = values.float() * scale.repeat_interleave(128, dim=1)[:, :130]
     torch.testing.assert_close(found, x, rtol=1e-6, atol=0)  # a GPU's division is an ulp away
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_float16_holds_every_16_bit_activation_that_counts(dtype: torch.dtype) -> None:
-    """Any size, and beside it what is a millionth of the largest of its block."""
-    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
-    sizes = torch.logspace(-4, 4, 40) if dtype == torch.float16 else torch.logspace(-30, 30, 40)
-    x = (x.sign() * x.abs().clamp(min=1e-5) * sizes[:, None]).to(dtype)
-
-    held = reference.dequantize(reference.quantize(x.float(), torch.float16))
-
-    assert torch.equal(held, x.float())
 
 
 def test_rows_of_fp8_may_be_part_of_a_larger_tensor() -> None:
@@ -197,10 +182,10 @@ def test_rows_of_fp8_may_be_part_of_a_larger_tensor() -> None:
         ),
         ({"gate_scale_LBC": torch.ones(6, 1, 1).double()}, "gate_scale is torch.float64"),
         ({"tile": Tile(16, 16, 256, 1, 4, 2)}, "16 x 256; expected at most 128"),
-        ({"x": Rows(torch.zeros(4, 48).to(FP8))}, "hidden is torch.float8_e4m3fn without scales"),
+        ({"x": Rows(torch.zeros(4, 48).to(FP8))}, "hidden is torch.float8_e4m3fn; scales belong"),
         (
             {"x": Rows(torch.zeros(4, 48), torch.ones(4, 1))},
-            "hidden is torch.float32 with scales",
+            "hidden is torch.float32; scales belong",
         ),
         (
             {"x": Rows(torch.zeros(4, 48).to(FP8), torch.ones(4, 2))},

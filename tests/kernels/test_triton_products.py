@@ -35,13 +35,6 @@ def _routed_on_device(rows: int, k: int) -> tuple[Route, torch.Tensor]:
     return route(ids.to(DEVICE), EXPERTS, 16), weights.to(DEVICE)
 
 
-def _rows_for(weights_dtype: torch.dtype | None, values: torch.Tensor) -> Rows:
-    """As the experts prepare them: FP8 weights take 16-bit rows with scales."""
-    if weights_dtype is None or values.dtype == torch.float32:
-        return Rows(values)
-    return reference.quantize(values.float(), torch.float16)
-
-
 def _filled(routed: Route) -> torch.Tensor:
     return routed.positions[routed.positions >= 0].long().sort().values
 
@@ -55,16 +48,13 @@ def test_gate_up_equals_its_reference_and_leaves_padding_alone(
     routed, _ = _routed_on_device(33, 2)
     tile = rule_tiles(16, 48, 20, experts.precision()).gate_up
 
-    x = _rows_for(weights_dtype, hidden)
-    on_gpu = Rows(*(None if each is None else each.to(DEVICE) for each in x))
-    h = gate_up(on_gpu, on_device(experts), routed, tile)
+    h = gate_up(Rows(hidden.to(DEVICE)), on_device(experts), routed, tile)
 
-    expected = reference.gate_up(x, experts, on_cpu(routed), tile)
-    filled, found = _filled(on_cpu(routed)), Rows(*(None if t is None else t.cpu() for t in h))
-    actual = reference.dequantize(found)[filled].to(dtype)
-    assert_close(actual, reference.dequantize(expected)[filled].to(dtype), dtype)
-    assert found.values_NC.isnan().all(dim=1).sum() == len(found.values_NC) - len(filled)
-    assert (h.scale_NB is None) == (x.scale_NB is None)
+    expected = reference.gate_up(Rows(hidden), experts, on_cpu(routed), tile)
+    filled, h_AI = _filled(on_cpu(routed)), h.values_NC.cpu()
+    assert_close(h_AI[filled], expected.values_NC[filled], dtype)
+    assert h_AI.isnan().all(dim=1).sum() == len(h_AI) - len(filled)
+    assert h.scale_NB is None
 
 
 @pytest.mark.parametrize("has_map", [True, False], ids=["experts", "slots"])
@@ -101,11 +91,9 @@ def test_down_equals_its_reference_and_leaves_padding_alone(
     h_AI = torch.full((len(routed.pairs), 20), torch.nan, dtype=dtype)
     h_AI[filled] = rows_of(len(filled), dtype, 20)
 
-    h = _rows_for(weights_dtype, h_AI)
-    on_gpu = Rows(*(None if each is None else each.to(DEVICE) for each in h))
-    y_AH = down(on_gpu, on_device(experts), weights, routed, tile, dtype).cpu()
+    y_AH = down(Rows(h_AI.to(DEVICE)), on_device(experts), weights, routed, tile, dtype).cpu()
 
-    expected = reference.down(h, experts, weights.cpu(), on_cpu(routed), tile, dtype)
+    expected = reference.down(Rows(h_AI), experts, weights.cpu(), on_cpu(routed), tile, dtype)
     assert_close(y_AH[filled], expected[filled], dtype)
     assert y_AH.isnan().all(dim=1).sum() == len(y_AH) - len(filled)
 

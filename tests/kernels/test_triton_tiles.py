@@ -49,7 +49,13 @@ def test_tiles_fit_the_shared_memory_of_an_h200(
 
 def test_tiles_of_small_matrices_are_small() -> None:
     assert rule_tiles(16, 20, 5, "bf16").gate_up[:3] == (16, 16, 32)
-    assert rule_tiles(128, 20, 5, "fp32").down[:3] == (128, 32, 16)
+    assert rule_tiles(128, 20, 5, "fp32").down[:3] == (128, 32, 32)
+
+
+@pytest.mark.parametrize("precision", ["w8a16", "w8a8"])
+def test_no_tile_sums_fewer_elements_than_fp8_products_take(precision: Precision) -> None:
+    """32 at least, on a GPU; the interpreter does with any."""
+    assert all(tile.block_k >= 32 for tile in rule_tiles(16, 1, 1, precision))
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
