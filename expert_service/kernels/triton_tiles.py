@@ -3,8 +3,8 @@
     BM = clamp(pow2(2 * assignments / active experts), 16, largest)
 
 Twice the mean load of an expert, so that one of uneven load still fits in few blocks: weights are
-read once per block. The rule is a seed, from kernels that
-others tuned on an H200, and a table (see `triton_tables`) comes before it.
+read once per block. The rule is a seed, from kernels that others tuned on an H200, and a table (see
+`triton_tables`) comes before it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from ray.autoscaler._private.prom_metrics import AutoscalerPrometheusMetrics
 
 import expertmesh
+from expertmesh.config import RebalanceConfig
 from fleet.ports import metrics_ports
 from tests.checkpoints import make_checkpoint
 from tests.deploy.manifests import DEPLOY, load, one
@@ -54,7 +55,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Famil
     """Every metric that services of ours, and Ray's autoscaler, serve after some traffic."""
     path = tmp_path_factory.mktemp("checkpoint")
     make_checkpoint("deepseek_v3", path)
-    with local_mesh(path, metrics=True) as mesh, expertmesh.connect(mesh.address) as client:
+    looks_often = RebalanceConfig(window_s=0.5, least_assignments=1, max_violation=1e6)
+    with (
+        local_mesh(path, metrics=True, rebalance=looks_often) as mesh,
+        expertmesh.connect(mesh.address) as client,
+    ):
         info = client.describe()
         for layer in info.layers:
             client.forward(torch.randn(3, info.hidden_size), layer.index)
@@ -70,6 +75,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Famil
                 {
                     "expertmesh_controller_executions_total",
                     "expertmesh_controller_window_maxvio",
+                    "expertmesh_controller_server_maxvio",
                 }
                 <= {name for name, family in seen().items() if family.samples}
             ),
