@@ -15,6 +15,7 @@ import torch
 
 from expert_service import metrics
 from expert_service.announcer import Announcer
+from expert_service.calibration import measure_pairs_per_s
 from expert_service.kernels import create_backend
 from expert_service.kernels.numa import choose_node, pin_this_thread, usable_nodes
 from expert_service.runner import DeviceRunner
@@ -131,6 +132,7 @@ class ExpertServer:
         self.incarnation = uuid.uuid4().hex
         self._started_at_ns = time.time_ns()
         self._loaded_bytes = 0
+        self._pairs_per_s = 0.0  # not measured
         #: Done, with the reason, when this server can never serve: end the process.
         self.failed: asyncio.Future[MeshError] = asyncio.get_running_loop().create_future()
         #: Done when this server was told to drain: stop it, then end the process.
@@ -168,6 +170,13 @@ class ExpertServer:
                 await self._runner.call(pin_this_thread, self._pinned_cpus)
             await self._take_assigned()
             await self._runner.call(self.shard.load, self._read_expert, self._on_slot)
+            self._pairs_per_s = await self._runner.call(
+                measure_pairs_per_s,
+                self._backend,
+                self._checkpoint.spec,
+                self.shard.slots,
+                self._dtype,
+            )
         except MeshError as error:
             self._fail(error)
         except Exception as error:
@@ -257,6 +266,7 @@ class ExpertServer:
             slots=len(self._planned),
             loaded_bytes=self._loaded_bytes,
             total_bytes=self._total_bytes,
+            pairs_per_s=self._pairs_per_s,
             pid=os.getpid(),
             node=self._placing.node or socket.gethostname(),
             backend=self._backend.name,

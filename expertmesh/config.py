@@ -15,11 +15,18 @@ _MAX_SHARED_BYTES = 1 << 30  # of one arena that a server maps
 SharedMemoryMode = Literal["auto", "off"]
 RateSchedule = Literal["constant", "inverse", "cosine"]
 WireDtype = Literal["bfloat16", "bf16", "float8_e4m3fn", "fp8"]
+ServerRates = Literal["equal", "measured"]  # by what rows and experts are divided over servers
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+def check_server_rates(server_rates: str) -> None:
+    """Raises ConfigError for what no load controller knows."""
+    _require(server_rates in get_args(ServerRates), "server_rates", server_rates,
+             " or ".join(get_args(ServerRates)))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

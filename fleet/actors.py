@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 import torch
 
-from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig, ServerRates
 from expertmesh.errors import MeshError, UnavailableError
 from expertmesh.rpc import loop
 from expertmesh.rpc.process import settle_memory, setup_logging
@@ -82,6 +82,7 @@ class LoadControllerActor(ServiceHost):
         state_file: str,
         balance: BalanceConfig,
         rebalance: RebalanceConfig | None,
+        server_rates: ServerRates,
         host: str,
         metrics_port: int | None = None,
     ) -> None:
@@ -93,6 +94,7 @@ class LoadControllerActor(ServiceHost):
                 host=host,
                 balance=balance,
                 rebalance=rebalance,
+                server_rates=server_rates,
                 metrics_port=metrics_port,
             )
         )

@@ -25,8 +25,10 @@ from expertmesh.config import (
     BalanceConfig,
     RebalanceConfig,
     RouterConfig,
+    ServerRates,
     SharedMemoryConfig,
     WireDtype,
+    check_server_rates,
 )
 from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
@@ -150,6 +152,7 @@ def launch(
     metrics_port: int | None = None,
     autoscale: AutoscaleConfig | None = None,
     rebalance: RebalanceConfig | None = None,
+    server_rates: ServerRates = "equal",
     shared_memory: str = "off",
     wire_dtype: WireDtype | None = None,
     progress: Progress | None = None,
@@ -178,10 +181,11 @@ def launch(
     With `autoscale` a supervisor adds and removes servers as the load asks for, beginning with
     `shards` x `replicas`; it needs `ray_address` and `cpus_per_server`. A server takes at most the
     slots of one part. With `rebalance` experts move between servers by themselves, where some have
-    more to do than others. See docs/operations.md. With `shared_memory` "auto" routers share memory
-    with the expert servers of their node. `wire_dtype` is what hidden states and partial sums
-    travel as between routers and expert servers, "bfloat16" for instance (docs/protocol.md has the
-    error); None for the caller's own type.
+    more to do than others; with `server_rates` "measured" a faster server gets more of the work
+    (CPUs and GPUs together, for instance). See docs/operations.md. With `shared_memory` "auto"
+    routers share memory with the expert servers of their node. `wire_dtype` is what hidden states
+    and partial sums travel as between routers and expert servers, "bfloat16" for instance
+    (docs/protocol.md has the error); None for the caller's own type.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
@@ -189,6 +193,7 @@ def launch(
     if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
         device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)
+    check_server_rates(server_rates)
     if autoscale is not None:
         check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server)
     between = RouterConfig(  # refused before anything starts
@@ -218,8 +223,8 @@ def launch(
     try:
         request = fixed or _plan(parts, replicas, spec, held_dtype, device, services)
         if not controller:
-            _start_services(cluster, path, run_dtype, balance, rebalance, between, port, routers,
-                            host, ports.services)  # fmt: skip
+            _start_services(cluster, path, run_dtype, balance, rebalance, server_rates, between,
+                            port, routers, host, ports.services)  # fmt: skip
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
@@ -320,13 +325,18 @@ def _nodes() -> list[Node]:
 
 def _start_services(
     cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig,
-    rebalance: RebalanceConfig | None, config: RouterConfig, port: int, routers: int, host: str,
-    metrics: Sequence[int | None],
+    rebalance: RebalanceConfig | None, server_rates: ServerRates, config: RouterConfig, port: int,
+    routers: int, host: str, metrics: Sequence[int | None],
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
     options = _beside_us()
     cluster.controller = LoadControllerActor.options(**options).remote(  # type: ignore[attr-defined]
-        str(cluster._folder / "controller.sqlite"), balance, rebalance, host, metrics[0]
+        str(cluster._folder / "controller.sqlite"),
+        balance,
+        rebalance,
+        server_rates,
+        host,
+        metrics[0],
     )
     cluster.controller_address = get(cluster.controller.address.remote(), "the load controller")
     for index in range(routers):

@@ -99,7 +99,7 @@ def _servers(ready: Sequence[SurveyedServer], current: Placement, slots: int) ->
     share = ceil(slots / len(ready))
     held = current.holds.sum(2).max(0)
     return [
-        Server(name=server.name, node=server.node, capacity=max(share, int(now)))
+        Server(name=server.name, node=server.node, capacity=max(share, int(now)), rate=server.rate)
         for server, now in zip(ready, held, strict=True)
     ]
 

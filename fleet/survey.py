@@ -30,6 +30,7 @@ class SurveyedServer:
     state: str
     holds: Mapping[int, frozenset[int]]  # by layer index: expert ids; empty unless it is ready
     slot_bytes: float  # of the checkpoint, mean over its slots
+    rate: float = 1.0  # relative to others
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,4 +103,5 @@ async def _ask(server: router_pb2.ServerStatus) -> SurveyedServer:
         state=server.state,
         holds=holds,
         slot_bytes=server.total_bytes / max(server.slots, 1),
+        rate=server.rate or 1.0,
     )

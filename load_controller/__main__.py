@@ -36,6 +36,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE,...",
         help="let experts move by themselves where servers have unequally much to do",
     )
+    parser.add_argument(
+        "--server-rates",
+        default="equal",
+        help="equal, or measured: faster servers get more rows and more of the hot experts",
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -46,6 +51,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         host=arguments.host,
         balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
         rebalance=rebalance_config(arguments.rebalance),
+        server_rates=arguments.server_rates,
         rpc=RpcConfig(port=arguments.port),
         metrics_port=arguments.metrics_port,
     )

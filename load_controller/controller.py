@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from expertmesh.codec.slots import layer_slots
-from expertmesh.config import BalanceConfig, BalanceMode
+from expertmesh.config import BalanceConfig, BalanceMode, ServerRates
 from expertmesh.errors import (
     InvalidRequestError,
     MismatchError,
@@ -22,6 +22,7 @@ from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
 from load_controller.migration import Copy, Step, check_rates
+from load_controller.rates import relative_rates
 from load_controller.rebalancer import Holder
 from load_controller.scaling import Scaling
 from load_controller.store import Store
@@ -49,7 +50,13 @@ class LoadController:
     `on_change` is called after every change that routers must hear of.
     """
 
-    def __init__(self, store: Store, balance: BalanceConfig, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        balance: BalanceConfig,
+        on_change: Callable[[], None],
+        server_rates: ServerRates = "equal",
+    ) -> None:
         self._store = store
         self._on_change = on_change
         self._digest = store.meta("digest")
@@ -64,7 +71,11 @@ class LoadController:
         self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
         self._holdings = store.holdings()
-        self._rates: dict[str, float] = json.loads(store.meta("server_rates") or "{}")
+        self._rates: dict[str, float] = json.loads(
+            store.meta("server_rates") or "{}"
+        )  # set by hand
+        self._measures = server_rates == "measured"
+        self._measured: dict[str, float] = {}
         self.balancer = Balancer(balance, balance.mode)
         self._published = pb.BiasUpdate()
         self._broken = False
@@ -77,6 +88,7 @@ class LoadController:
         for _, raw in self._store.servers():
             announcement = pb.AnnounceServerRequest.FromString(raw)
             self._servers[announcement.server.server_id] = announcement
+        self._measured = self._relative_rates(self._servers)
         stored_mode = self._store.meta("balance_mode")
         self.balancer.restore(self._store.progress())
         if stored_mode is None:
@@ -138,6 +150,9 @@ class LoadController:
     ) -> None:
         moved = before is None or list(before.layers) != list(request.layers)
         server_id = request.server.server_id
+        measured = self._relative_rates({**self._servers, server_id: request})
+        moved |= measured != self._measured
+        self._measured = measured
         self.directory_version += 1
         self.epoch += moved
         self._store.save_server(
@@ -187,6 +202,7 @@ class LoadController:
             self._store.forget_server(server_id, self.directory_version)
             self._store.save_holdings(self._holdings, self.epoch)
         del self._servers[server_id], self._heard_at[server_id]
+        self._measured = self._relative_rates(self._servers)
         self._device_loads.pop(server_id, None)
         _log.info("server %s has drained and is forgotten", server_id)
         self._on_change()
@@ -218,7 +234,10 @@ class LoadController:
         """Where everyone is."""
         return pb.Directory(
             version=self.directory_version,
-            servers=[entry.server for _, entry in sorted(self._servers.items())],
+            servers=[
+                messages.with_rate(entry.server, self._rate(server_id))
+                for server_id, entry in sorted(self._servers.items())
+            ],
             routers=sorted(router.endpoint for router in self._routers.values()),
         )
 
@@ -230,11 +249,27 @@ class LoadController:
                 pb.ServerSlots(
                     server_id=server_id,
                     layers=layer_slots(self._holdings.shown(entry)),
-                    rate=self._rates.get(server_id, 1.0),
+                    rate=self._rate(server_id),
                 )
                 for server_id, entry in sorted(self._servers.items())
             ],
         )
+
+    def _relative_rates(self, servers: Mapping[str, pb.AnnounceServerRequest]) -> dict[str, float]:
+        """Of the servers that have loaded, where measurements count."""
+        if not self._measures:
+            return {}
+        return relative_rates(
+            {
+                server_id: entry.server.pairs_per_s
+                for server_id, entry in servers.items()
+                if entry.server.state in ("ready", "draining")
+            }
+        )
+
+    def _rate(self, server_id: str) -> float:
+        """What was set by hand, else what was measured, else 1."""
+        return self._rates.get(server_id, self._measured.get(server_id, 1.0))
 
     # Migration: `mover` decides when; here is what becomes of the placement.
 
@@ -247,9 +282,9 @@ class LoadController:
         }
 
     def holders(self) -> list[Holder]:
-        """The same, with each server's node."""
+        """The same, with each server's node and relative speed."""
         return [
-            Holder(name, self._servers[name].server.node, held)
+            Holder(name, self._servers[name].server.node, held, self._rate(name))
             for name, held in sorted(self.shown().items())
         ]
 
@@ -280,7 +315,7 @@ class LoadController:
         """Every server, and how many there may be."""
         shown = {name: self._holdings.shown(entry) for name, entry in self._servers.items()}
         return messages.fleet(
-            self._servers, shown, self._device_loads, self.epoch, self.scaling, now
+            self._servers, shown, self._device_loads, self.epoch, self.scaling, self._rate, now
         )
 
     def endpoint(self, server_id: str) -> str:
@@ -321,7 +356,7 @@ class LoadController:
             self._store.save_holdings(self._holdings, self.epoch + 1)
         self._rates = changed
         self.epoch += 1
-        self._on_change()
+        self._directory_changed()
 
     def is_used_everywhere(self, epoch: int, now: float) -> bool:
         """Whether no router uses an older placement any more, also none that was cut off."""

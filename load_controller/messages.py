@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast, get_args
 
 import numpy as np
@@ -107,12 +107,21 @@ def layer_balances(balancer: Balancer) -> list[router_pb2.LayerBalance]:
     ]
 
 
+def with_rate(server: router_pb2.ServerStatus, rate: float) -> router_pb2.ServerStatus:
+    """What a server said of itself, with the speed that it counts with."""
+    shown = router_pb2.ServerStatus()
+    shown.CopyFrom(server)
+    shown.rate = rate
+    return shown
+
+
 def fleet(
     servers: Mapping[str, pb.AnnounceServerRequest],
     shown: Mapping[str, frozenset[Slot]],
     loads: Mapping[str, pb.DeviceLoad],
     epoch: int,
     scaling: Scaling,
+    rate_of: Callable[[str], float],
     now: float,
 ) -> pb.GetFleetResponse:
     """Every server by name: as it announced itself, what it is shown to hold, how busy it is."""
@@ -120,7 +129,9 @@ def fleet(
     return pb.GetFleetResponse(
         servers=[
             pb.FleetServer(
-                server=entry.server, layers=layer_slots(shown[name]), load=loads.get(name)
+                server=with_rate(entry.server, rate_of(name)),
+                layers=layer_slots(shown[name]),
+                load=loads.get(name),
             )
             for name, entry in sorted(servers.items())
         ],

@@ -35,6 +35,7 @@ class Holder:
     name: str
     node: str
     holds: Set[Slot]
+    rate: float = 1.0  # relative to others
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def _plan(
     share = ceil((experts + redundant) / len(servers))
     # Nothing is known of their free memory: no server gets more slots than it has or a fair share.
     sites = [
-        Server(name=each.name, node=each.node, capacity=max(share, int(held)))
+        Server(name=each.name, node=each.node, capacity=max(share, int(held)), rate=each.rate)
         for each, held in zip(servers, current.holds.sum(2).max(0), strict=True)
     ]
     load = np.array([view.loads[layer] for layer in indices], np.float64)

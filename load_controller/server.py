@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from expertmesh.config import BalanceConfig, RebalanceConfig, RpcConfig
+from expertmesh.config import (
+    BalanceConfig,
+    RebalanceConfig,
+    RpcConfig,
+    ServerRates,
+    check_server_rates,
+)
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
@@ -38,21 +44,26 @@ class ControllerServer:
         host: str,
         balance: BalanceConfig | None = None,
         rebalance: RebalanceConfig | None = None,
+        server_rates: ServerRates = "equal",
         rpc: RpcConfig | None = None,
         metrics_port: int | None = None,
     ) -> None:
         """`host` is the address that routers and servers can reach.
 
         The port of the first start is kept in `state_file`: a restarted controller is found again
-        where it was. With `rebalance` experts move by themselves. `metrics_port` 0 serves metrics
-        on any free port, None serves none.
+        where it was. With `rebalance` experts move by themselves. `server_rates` "measured" divides
+        rows, and experts, by what servers have measured at their start. `metrics_port` 0 serves
+        metrics on any free port, None serves none.
         """
         self._store = Store(state_file)
         rpc = rpc or RpcConfig()
         if rpc.port == 0:
             rpc = replace(rpc, port=int(self._store.meta("port") or 0))
         changes = self._changes = Changes()
-        self.controller = LoadController(self._store, balance or BalanceConfig(), changes.notify)
+        check_server_rates(server_rates)
+        self.controller = LoadController(
+            self._store, balance or BalanceConfig(), changes.notify, server_rates
+        )
         self._host = host
         self._metrics = MetricsServer(self._readings, rpc.host, metrics_port)
         self._server = GrpcServer(rpc, Admission(rpc), self._metrics)

@@ -15,7 +15,7 @@ import torch
 import expertmesh
 from expert_service.server import ExpertServer, Placing
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig
+from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig, ServerRates
 from expertmesh.model import Slot
 from expertmesh.placement import initial_parts
 from expertmesh.rpc import loop
@@ -117,12 +117,14 @@ async def _start(
     options: dict[str, object],
     metrics_port: int | None,
     rebalance: RebalanceConfig | None,
+    server_rates: ServerRates,
 ) -> LocalMesh:
     controller = ControllerServer(
         state,
         host="127.0.0.1",
         balance=balance,
         rebalance=rebalance,
+        server_rates=server_rates,
         rpc=LOCAL,
         metrics_port=metrics_port,
     )
@@ -174,6 +176,7 @@ def local_mesh(
     router_config: RouterConfig | None = None,
     metrics: bool = False,
     rebalance: RebalanceConfig | None = None,
+    server_rates: ServerRates = "equal",
     **options: object,
 ) -> Iterator[LocalMesh]:
     """A cluster that serves the checkpoint; `options` go to every expert server.
@@ -193,6 +196,7 @@ def local_mesh(
                 options,
                 0 if metrics else None,
                 rebalance,
+                server_rates,
             )
         )
         try:

@@ -39,6 +39,8 @@ def server_json(server: router_pb2.ServerStatus) -> dict[str, Any]:
         "pid": server.pid,
         "node": server.node,
         "backend": server.backend,
+        "pairs_per_s": server.pairs_per_s,
+        "rate": server.rate or 1.0,
         "transport": server.transport,
         "error": server.error,
     }

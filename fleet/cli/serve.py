@@ -72,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let experts move by themselves where servers have unequally much to do",
     )
     parser.add_argument(
+        "--server-rates",
+        default="equal",
+        help="equal, or measured: faster servers get more rows and more of the hot experts",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -106,6 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
                 else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
             ),
             rebalance=rebalance_config(arguments.rebalance),
+            server_rates=arguments.server_rates,
             shared_memory=arguments.shared_memory,
             wire_dtype=arguments.wire_dtype,
             progress=progress,

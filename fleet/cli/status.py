@@ -94,15 +94,15 @@ def _lines(
         f"balance     {seen.balance_mode}, {_alive(seen)}, divergence {seen.divergence:.2%}",
         f"answered    {seen.answered_requests} requests, {seen.retried_pairs} pairs sent again",
         "",
-        f"{'server':<18} {'state':<9} {'slots':>6} {'loaded':>10}  {'backend':<14} "
+        f"{'server':<18} {'state':<9} {'slots':>6} {'loaded':>10}  {'backend':<14} {'rate':>5} "
         f"{'pid':>7}  {'by':<4} endpoint",
     ]
     for server in seen.servers:
         connected = server.state if server.connected else f"{server.state}*"
         lines.append(
             f"{server.server_id:<18} {connected:<9} {server.slots:>6} "
-            f"{server.loaded_bytes / 1e6:>7.1f} MB  {server.backend:<14} {server.pid:>7}  "
-            f"{server.transport:<4} {server.endpoint}"
+            f"{server.loaded_bytes / 1e6:>7.1f} MB  {server.backend:<14} "
+            f"{server.rate or 1.0:>5.2g} {server.pid:>7}  {server.transport:<4} {server.endpoint}"
         )
         if server.error:
             lines.append(f"    {server.error}")

@@ -55,6 +55,10 @@ class Running:
         servers = self.fleet().servers
         return [s.server.server_id for s in servers if s.server.state == "ready"]
 
+    def drains(self) -> bool:
+        """Whether a server has been told to go, and has not gone."""
+        return any(each.server.state == "draining" for each in self.fleet().servers)
+
     def answered(self, name: str) -> int:
         """Requests that a server has computed."""
         return sum(
@@ -163,6 +167,27 @@ def test_a_supervisor_killed_in_the_middle_of_a_step_is_followed_by_one_that_goe
     assert ray.get(running.cluster.supervisor.pid.remote()) != victim
     assert rush.outcome.errors == []
     assert rush.outcome.wrong == []
+
+
+def test_a_supervisor_killed_while_a_server_drains_is_followed_by_one_that_ends_it(
+    running: Running,
+) -> None:
+    _wait_until(running.is_calm, DOWN_S, "calm")
+    before = running.fleet().lease_owner
+    victim = ray.get(running.cluster.supervisor.pid.remote())
+    with running.load(clients=1, rows=1) as trickle:
+        with running.load(clients=4, rows=16) as rush:
+            _wait_until(lambda: len(running.ready()) == 2, DOWN_S, "two servers ready")
+        _wait_until(running.drains, DOWN_S, "a server drains")
+        os.kill(victim, signal.SIGKILL)
+        _wait_until(running.is_calm, DOWN_S, "one server again")
+        trickle.wait_right(20, 30.0)
+        owner = running.fleet().lease_owner
+
+    assert owner not in ("", before)
+    assert ray.get(running.cluster.supervisor.pid.remote()) != victim
+    assert rush.outcome.errors == trickle.outcome.errors == []
+    assert rush.outcome.wrong == trickle.outcome.wrong == []
 
 
 def test_a_server_whose_launcher_has_gone_ends_by_itself(running: Running) -> None:

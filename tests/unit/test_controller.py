@@ -421,3 +421,81 @@ def test_a_routers_end_is_forgotten_only_when_it_is_the_present_one() -> None:
     controller.remove_router("r0", "old", now=0.0)
 
     assert list(controller.directory().routers) == ["h:2"]
+
+
+def _weighing(path: Path | str = ":memory:") -> LoadController:
+    return LoadController(Store(path), BalanceConfig(), lambda: None, "measured")
+
+
+def _measured(server: str, pairs_per_s: float, state: str = "ready") -> pb.AnnounceServerRequest:
+    announcement = _announce(server, state=state)
+    announcement.server.pairs_per_s = pairs_per_s
+    return announcement
+
+
+def _rates(controller: LoadController) -> dict[str, float]:
+    shown = {each.server_id: each.rate for each in controller.placement().servers}
+    assert shown == {each.server_id: each.rate for each in controller.directory().servers}
+    assert shown.items() >= {each.name: each.rate for each in controller.holders()}.items()
+    return shown
+
+
+def test_servers_are_equally_fast_unless_measurements_are_asked_for() -> None:
+    controller = _controller()
+
+    controller.announce(_measured("cpu", 1.0), now=0.0)
+    controller.announce(_measured("gpu", 100.0), now=0.0)
+
+    assert _rates(controller) == {"cpu": 1.0, "gpu": 1.0}
+
+
+def test_a_measured_speed_is_published_as_a_placement_of_its_own() -> None:
+    controller = _weighing()
+    controller.announce(_measured("cpu", 0.0, "loading"), now=0.0)
+    controller.announce(_measured("gpu", 100.0), now=0.0)
+    before = controller.epoch, controller.directory_version
+
+    controller.announce(_measured("cpu", 25.0), now=1.0)
+
+    assert _rates(controller) == {"cpu": 0.25, "gpu": 1.0}
+    assert (controller.epoch, controller.directory_version) == (before[0] + 1, before[1] + 1)
+
+
+def test_a_server_that_loads_or_is_lost_is_not_compared() -> None:
+    controller = _weighing()
+    controller.announce(_measured("cpu", 25.0), now=0.0)
+    controller.announce(_measured("gpu", 100.0), now=0.0)
+    controller.announce(_measured("new", 0.0, "loading"), now=0.0)
+    with_new = _rates(controller)
+
+    controller.announce(_measured("cpu", 25.0), now=9.0)
+    controller.mark_lost(9.0)
+
+    assert with_new == {"cpu": 0.25, "gpu": 1.0, "new": 1.0}
+    assert _rates(controller)["cpu"] == 1.0
+
+
+def test_what_was_set_by_hand_counts_more_than_what_was_measured() -> None:
+    controller = _weighing()
+    controller.announce(_measured("cpu", 25.0), now=0.0)
+    controller.announce(_measured("gpu", 100.0), now=0.0)
+    before = controller.directory_version
+
+    controller.set_rates({"cpu": 0.5})
+
+    assert _rates(controller) == {"cpu": 0.5, "gpu": 1.0}
+    assert controller.directory_version > before
+
+
+def test_measured_speeds_outlive_a_restart_without_a_new_placement(tmp_path: Path) -> None:
+    first = _weighing(tmp_path / "state")
+    first.announce(_measured("cpu", 25.0), now=0.0)
+    first.announce(_measured("gpu", 100.0), now=0.0)
+    epoch = first.epoch
+
+    again = _weighing(tmp_path / "state")
+
+    assert _rates(again) == {"cpu": 0.25, "gpu": 1.0}
+    assert again.epoch == epoch
+    again.announce(_measured("cpu", 25.0), now=1.0)
+    assert again.epoch == epoch

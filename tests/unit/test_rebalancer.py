@@ -176,3 +176,18 @@ def test_a_command_line_gives_defaults_settings_or_none() -> None:
 def test_settings_that_cannot_be_are_refused_by_name(settings_: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         RebalanceConfig().with_settings([settings_])
+
+
+def test_a_slower_server_gets_less_to_do() -> None:
+    """Even counts, but the first server takes twice as long."""
+    slow = [
+        Holder(each.name, "", each.holds, 0.5 if each.name == "s0" else 1.0) for each in IN_ORDER
+    ]
+    config = RebalanceConfig(least_assignments=1000, redundant=8)
+
+    decision = decide(after(EVEN).view(0.0), slow, config)
+    there = {server.name: server.holds for server in moved(slow, decision)}
+
+    assert decision.layers[LAYER].now == pytest.approx(2 / (4 / 3.5) - 1)
+    assert decision.layers[LAYER].planned < 0.5 * decision.layers[LAYER].now
+    assert len(there["s1"]) > len(IN_ORDER[1].holds)
