@@ -23,9 +23,11 @@ def redundant_slots(holds: Mapping[str, Set[Slot]], room: Room) -> int:
 
 def moves_to_have(
     redundant: int, holds: Mapping[str, Set[Slot]], nodes: Mapping[str, str], counts: Counts,
-    room: Room,
+    room: Room, rates: Mapping[str, float] | None = None,
 ) -> tuple[Move, ...]:  # fmt: skip
     """Moves after which each layer has at most `redundant` slots beyond one an expert.
+
+    `rates` are speeds of servers relative to each other, 1 where none is given.
 
     Raises ConfigError where that many slots do not fit the servers of `holds`.
     """
@@ -35,7 +37,13 @@ def moves_to_have(
         layers = [layer for layer, count in sorted(room.experts.items()) if count == experts]
         current = Placement(names, _table(names, layers, experts, holds))
         servers = [
-            Server(name=name, node=nodes.get(name, ""), capacity=room.slots) for name in names
+            Server(
+                name=name,
+                node=nodes.get(name, ""),
+                capacity=room.slots,
+                rate=(rates or {}).get(name, 1.0),
+            )
+            for name in names
         ]
         load = np.array(
             [counts.get(layer, np.zeros(experts))[:experts] for layer in layers], np.float64

@@ -31,6 +31,7 @@ class Member:
     state: str  # as announced; "asked" before
     node: str = ""
     holds: frozenset[Slot] = frozenset()
+    rate: float = 1.0  # its speed relative to others
     is_ours: bool = True  # Ray has an actor for it: it can be ended, and comes back when it dies
     for_s: float = 0.0  # how long its state has been seen
 

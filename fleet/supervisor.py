@@ -135,6 +135,7 @@ class Supervisor:
                 state=state,
                 node=seen[name].server.node if name in seen else "",
                 holds=frozenset(slots_of(seen[name].layers)) if name in seen else frozenset(),
+                rate=(seen[name].server.rate or 1.0) if name in seen else 1.0,
                 is_ours=name in ours,
                 for_s=now - self._since[name, state],
             )
@@ -201,7 +202,8 @@ class Supervisor:
         if not holds or there == decision.redundant or wanted == self._adjusted:
             return
         nodes = {member.name: member.node for member in running}
-        moves = moves_to_have(decision.redundant, holds, nodes, counts, self._plan.room)
+        rates = {member.name: member.rate for member in running}
+        moves = moves_to_have(decision.redundant, holds, nodes, counts, self._plan.room, rates)
         if moves:
             _log.info("%d redundant slots a layer are wanted, %d are there: %d moves",
                       decision.redundant, there, len(moves))  # fmt: skip

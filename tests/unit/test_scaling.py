@@ -244,6 +244,18 @@ def test_quiet_hours_leave_no_redundant_copy_and_busy_ones_bring_them_back() -> 
     assert (quiet, covered, busy) == (0, _slots(0, 1, 2, 3), 2)
 
 
+def test_copies_that_come_back_go_to_servers_that_are_fast() -> None:
+    holds = {"a": _slots(0, 1, 2, 3), "b": frozenset[Slot](), "c": frozenset[Slot]()}
+    room, nodes = Room({1: 4}, slots=4), dict.fromkeys(holds, "n")
+
+    def loads(rates: dict[str, float]) -> set[str]:
+        moves = moves_to_have(1, holds, nodes, _COUNTS, room, rates)
+        return {m.server for m in moves if m.action == "load" and m.expert == 3}
+
+    assert loads({"b": 1.0, "c": 0.1}) == {"b"}
+    assert loads({"b": 0.1, "c": 1.0}) == {"c"}
+
+
 def _load(uptime_s: float, busy_s: float, ongoing_s: float, *delays: int, now: int = 0) -> (
     pb.DeviceLoad
 ):  # fmt: skip
