@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from expert_service.kernels import BACKENDS, DEVICES, WEIGHTS
-from expertmesh.config import AutoscaleConfig
+from expertmesh.config import AutoscaleConfig, RebalanceConfig
 from expertmesh.errors import ConfigError
 
 _LAST_PORT = 65535
@@ -44,8 +44,14 @@ def check_autoscale(
     replicas: int,
     ray_address: str | None,
     cpus_per_server: float | None,
+    rebalance: RebalanceConfig | None,
 ) -> None:
     """Raises ConfigError where servers could not come and go as configured."""
+    if rebalance is not None and rebalance.redundant is not None:
+        raise ConfigError(
+            f"rebalance.redundant is {rebalance.redundant}, but with autoscale the supervisor says "
+            "how many redundant slots there are (min_redundant, max_redundant): leave it out"
+        )
     if ray_address is None or cpus_per_server is None:
         raise ConfigError(
             "autoscale needs ray_address, a Ray whose autoscaler adds nodes, and cpus_per_server, "

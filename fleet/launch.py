@@ -195,7 +195,7 @@ def launch(
     balance = BalanceConfig.of(balance)
     check_server_rates(server_rates)
     if autoscale is not None:
-        check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server)
+        check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server, rebalance)
     between = RouterConfig(  # refused before anything starts
         shared_memory=SharedMemoryConfig.of(shared_memory), wire_dtype=wire_dtype
     )

@@ -22,7 +22,7 @@ import expertmesh
 from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expertmesh import ConfigError
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.config import AutoscaleConfig
+from expertmesh.config import AutoscaleConfig, RebalanceConfig
 from expertmesh.placement import initial_parts
 from fleet import control, launch
 from tests.checkpoints import make_checkpoint
@@ -189,6 +189,11 @@ def test_two_clusters_of_one_process_share_its_ray_and_no_settings(
         ({"wire_dtype": "int4"}, "router.wire_dtype is 'int4'"),
         ({"shards": 1000}, "use fewer shards"),
         ({"autoscale": AutoscaleConfig()}, "autoscale needs ray_address"),
+        ({"server_rates": "guessed"}, "server_rates is 'guessed'"),
+        (
+            {"autoscale": AutoscaleConfig(), "rebalance": RebalanceConfig(redundant=2)},
+            "rebalance.redundant is 2, but with autoscale",
+        ),
         (
             {
                 "autoscale": AutoscaleConfig(max_replicas=3),
