@@ -22,8 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_matrices import FP8, ExpertMatrices, scale_shape
-from expert_service.kernels.triton_tables import TileTable
-from expert_service.kernels.triton_tiles import Tiles
+from expert_service.kernels.triton_tiles import Precision, Tiles
 
 
 class Compilers(AbstractContextManager["Compilers"]):
@@ -42,9 +41,16 @@ class Compilers(AbstractContextManager["Compilers"]):
         """Forgets what has not begun, and waits for the rest."""
         self._pool.shutdown(cancel_futures=True)
 
-    def experts(self, table: TileTable, tokens: int, tiles: Tiles) -> Future[None]:
-        """All kernels of that many tokens on a table's shard."""
-        return self._pool.submit(compile_experts, table, tokens, tiles)
+    def experts(
+        self,
+        sizes: tuple[int, int, int],
+        top_k: int,
+        precision: Precision,
+        tokens: int,
+        tiles: Tiles,
+    ) -> Future[None]:
+        """All kernels of that many tokens on experts of `sizes` (L, H, I)."""
+        return self._pool.submit(compile_experts, sizes, top_k, precision, tokens, tiles)
 
 
 def target_here() -> GPUTarget:
@@ -58,10 +64,12 @@ def idle_cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) - 2)
 
 
-def compile_experts(table: TileTable, tokens: int, tiles: Tiles) -> None:
+def compile_experts(
+    sizes: tuple[int, int, int], top_k: int, precision: Precision, tokens: int, tiles: Tiles
+) -> None:
     """Launches on tensors without storage: in a worker of `Compilers`, which only compiles."""
-    count, hidden, size = table.experts, table.hidden_size, table.intermediate_size
-    is_fp8 = table.precision in ("w8a16", "w8a8")
+    count, hidden, size = sizes
+    is_fp8 = precision in ("w8a16", "w8a8")
     with torch.device("meta"):
         shapes = ((size, hidden), (size, hidden), (hidden, size))
         dtype = FP8 if is_fp8 else torch.bfloat16
@@ -70,11 +78,11 @@ def compile_experts(table: TileTable, tokens: int, tiles: Tiles) -> None:
             weights += [torch.empty(count, *scale_shape(*shape)) for shape in shapes]
         grouped_swiglu_experts(
             torch.empty(tokens, hidden, dtype=torch.bfloat16),
-            torch.empty(tokens, table.top_k, dtype=torch.int32),
-            torch.empty(tokens, table.top_k),
+            torch.empty(tokens, top_k, dtype=torch.int32),
+            torch.empty(tokens, top_k),
             ExpertMatrices(*weights),
             tiles=tiles,
-            w8a8=table.precision == "w8a8",
+            w8a8=precision == "w8a8",
         )
 
 

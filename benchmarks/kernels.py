@@ -43,7 +43,7 @@ from machine import facts, version
 from expert_service.kernels.triton_backend_tiles import TileChoice
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_matrices import ExpertMatrices
-from expert_service.kernels.triton_tables import TileTable, read_tables
+from expert_service.kernels.triton_tables import read_tables
 from expertmesh import gating
 from expertmesh.model import GateSpec
 from router_service.kernels.gate_topk import gate_topk
@@ -298,18 +298,7 @@ def _compile(
         for shard, precision, count in product(shards, weights, tokens):
             sizes = (shard.experts, shard.hidden, shard.intermediate)
             tiles = choice.tiles(count * shard.top_k, sizes, precision)
-            table = TileTable(
-                experts=shard.experts,
-                hidden_size=shard.hidden,
-                intermediate_size=shard.intermediate,
-                top_k=shard.top_k,
-                precision=precision,
-                device=None,
-                triton=None,
-                source="",
-                entries=((count, tiles),),
-            )
-            futures.append(compilers.experts(table, count, tiles))
+            futures.append(compilers.experts(sizes, shard.top_k, precision, count, tiles))
         wait_for(futures)
 
 

@@ -179,9 +179,9 @@ def _compile_product(
     compilers: Compilers, table: TileTable, tokens: int, product: Product, tile: Tile
 ) -> Future[None]:
     """Beside the rule's tile of the other product."""
-    size, hidden = table.intermediate_size, table.hidden_size
-    tiles = rule_tiles(tile.block_m, hidden, size, table.precision)
-    return compilers.experts(table, tokens, tiles._replace(**{product: tile}))
+    sizes = (table.experts, table.hidden_size, table.intermediate_size)
+    tiles = rule_tiles(tile.block_m, *sizes[1:], table.precision)._replace(**{product: tile})
+    return compilers.experts(sizes, table.top_k, table.precision, tokens, tiles)
 
 
 def tables_to_tune(

@@ -27,9 +27,8 @@ def moves_to_have(
 ) -> tuple[Move, ...]:  # fmt: skip
     """Moves after which each layer has at most `redundant` slots beyond one an expert.
 
-    `rates` are speeds of servers relative to each other, 1 where none is given.
-
-    Raises ConfigError where that many slots do not fit the servers of `holds`.
+    `rates` are speeds of servers relative to each other, 1 where none is given. Raises
+    ConfigError where that many slots do not fit the servers of `holds`.
     """
     moves: list[Move] = []
     names = tuple(sorted(holds))

@@ -71,9 +71,8 @@ class LoadController:
         self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
         self._holdings = store.holdings()
-        self._rates: dict[str, float] = json.loads(
-            store.meta("server_rates") or "{}"
-        )  # set by hand
+        # Set by hand.
+        self._rates: dict[str, float] = json.loads(store.meta("server_rates") or "{}")
         self._measures = server_rates == "measured"
         self._measured: dict[str, float] = {}
         self.balancer = Balancer(balance, balance.mode)
@@ -152,7 +151,6 @@ class LoadController:
         server_id = request.server.server_id
         measured = self._relative_rates({**self._servers, server_id: request})
         moved |= measured != self._measured
-        self._measured = measured
         self.directory_version += 1
         self.epoch += moved
         self._store.save_server(
@@ -162,6 +160,7 @@ class LoadController:
             (self.directory_version, self.epoch),
         )
         self._servers[server_id] = request
+        self._measured = measured
         if before is None or before.server.state != request.server.state:
             _log.info("server %s at %s is %s", server_id, request.server.endpoint,
                       request.server.state)  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import exp, log
 
-#: Measurements of equal machines differ by less: neighbours on a host, clocks and caches see to it.
-#: Weights that follow such noise would unbalance servers that are alike.
+#: Measurements within this factor are taken for noise, of neighbours on a host, clocks and caches:
+#: weights that follow it would unbalance servers that are alike.
 ALIKE = 1.5
 
 

@@ -147,6 +147,7 @@ class Outcome:
     wgmma: bool
     wide_loads: int  # instructions that load 16 bytes a thread
     narrow_copies: int  # asynchronous copies of less
+    bulk_copies: int  # instructions of the copy engine (TMA)
 
 
 def faults(launch: Launch, outcome: Outcome) -> list[str]:
@@ -161,7 +162,7 @@ def faults(launch: Launch, outcome: Outcome) -> list[str]:
     if dict(launch.constants)["BLOCK_M"] >= 64 and not outcome.wgmma:
         found.append("no wgmma")
     if dict(launch.constants).get("TMA"):
-        return found
+        return found if outcome.bulk_copies else [*found, "nothing comes by the copy engine"]
     # Each stage of the pipeline has loads of its own.
     loaded = outcome.wide_loads * WIDE * 32 * launch.num_warps
     if outcome.narrow_copies or loaded < launch.weight_bytes * launch.num_stages:
@@ -301,6 +302,7 @@ def compile_launch(launch: Launch) -> Outcome:
         wgmma="wgmma.mma_async" in ptx,
         wide_loads=len(re.findall(r"cp\.async\.cg\S* .*, 0x10\b|ld\.global\S*\.v4\.\w32 ", ptx)),
         narrow_copies=len(re.findall(r"cp\.async\.c[ag]\S* .*, 0x[48]\b", ptx)),
+        bulk_copies=ptx.count("cp.async.bulk.tensor"),
     )
 
 

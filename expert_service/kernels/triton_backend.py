@@ -40,8 +40,7 @@ _LOG = logging.getLogger(__name__)
 
 #: A stack that is full grows by this part of itself: loads one by one copy it seldom.
 _GROWTH = 8
-#: Compiling needs about 200 MB of memory a thread, and more of them than this help little.
-_MOST_COMPILERS = 16
+_MOST_COMPILERS = 16  # threads, where there are as many cores
 
 
 class TritonBackend:

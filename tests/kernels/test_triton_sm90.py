@@ -27,7 +27,13 @@ LAUNCH = Launch(
 )
 # 128 threads load 2 KiB at once: three stages of two tiles of 8 KiB are 24 loads.
 GOOD = Outcome(
-    registers=128, spilled=0, shared=227 * 1024, wgmma=True, wide_loads=24, narrow_copies=0
+    registers=128,
+    spilled=0,
+    shared=227 * 1024,
+    wgmma=True,
+    wide_loads=24,
+    narrow_copies=0,
+    bulk_copies=0,
 )
 
 
@@ -93,6 +99,13 @@ def test_the_interpreter_is_refused() -> None:
 )
 def test_each_fault_is_named(change: dict[str, int], found: list[str]) -> None:
     assert faults(LAUNCH, replace(GOOD, **change)) == found
+
+
+def test_a_tile_by_the_copy_engine_has_to_use_it_and_needs_no_wide_loads() -> None:
+    launch = replace(LAUNCH, constants=(*LAUNCH.constants, ("TMA", True)))
+
+    assert faults(launch, replace(GOOD, wide_loads=0, bulk_copies=8)) == []
+    assert faults(launch, GOOD) == ["nothing comes by the copy engine"]
 
 
 def test_small_tiles_need_no_wgmma_and_other_kernels_have_no_weights() -> None:

@@ -283,9 +283,10 @@ from expert_service.kernels.triton_tables import read_tables
 
 if __name__ == "__main__":
     table = read_tables()[0]
+    shard = (table.experts, table.hidden_size, table.intermediate_size), table.top_k
     with Compilers(1, GPUTarget("cuda", 90, 32)) as compilers:
         for tokens, tiles in table.entries[: int(sys.argv[1])]:
-            compilers.experts(table, tokens, tiles).result()
+            compilers.experts(*shard, table.precision, tokens, tiles).result()
 """
 
 
