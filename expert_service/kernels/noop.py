@@ -10,9 +10,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from expert_service.kernels.grouping import sum_by_row
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
-_ROWS = 64
+#: From here on the sum of one row each, which widens nothing in memory, is the faster product.
+_MANY_ROWS = 32
 
 
 class NoopBackend:
@@ -49,11 +51,14 @@ class NoopBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See Backend."""
+        if len(hidden_RH) == 1:  # Python's own loop over a few pairs takes less than numpy's calls
+            pairs = zip(expert_ids_RK[0].tolist(), weights_RK[0].tolist(), strict=True)
+            return hidden_RH * sum(weight for expert, weight in pairs if expert >= 0)
         # In numpy, whose calls cost a third of torch's between two requests.
         asked_RK = np.where(expert_ids_RK.numpy() >= 0, weights_RK.numpy(), np.float32(0.0))
         total_R1 = torch.from_numpy(np.add.reduce(asked_RK, 1, keepdims=True))
+        if len(hidden_RH) >= _MANY_ROWS:
+            each = torch.arange(len(hidden_RH))
+            return sum_by_row(hidden_RH, total_R1[:, 0], each, each)
         out_RH = torch.empty_like(hidden_RH)
-        for start in range(0, len(hidden_RH), _ROWS):  # what is in float32 stays in the cache
-            rows = slice(start, start + _ROWS)
-            torch.mul(hidden_RH[rows], total_R1[rows], out=out_RH[rows])
-        return out_RH
+        return torch.mul(hidden_RH, total_R1, out=out_RH)
