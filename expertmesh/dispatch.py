@@ -234,6 +234,22 @@ def rows_of(tensor_TX: torch.Tensor, rows: npt.NDArray[np.int64] | None) -> torc
     return tensor_TX if rows is None else tensor_TX.index_select(0, torch.from_numpy(rows))
 
 
+def reusable(
+    hidden_TH: torch.Tensor,
+    contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
+) -> torch.Tensor | None:
+    """A partial sum in whose place the sum of all may be written, as `combine`'s room.
+
+    One for every row, in hidden's dtype, in memory that torch allocated for it: what views received
+    bytes or memory shared with a peer is never overwritten.
+    """
+    for rows, partial in contributions:
+        whole = rows is None and partial.dtype == hidden_TH.dtype and partial.is_contiguous()
+        if whole and partial.untyped_storage().resizable():
+            return partial
+    return None
+
+
 def combine(
     hidden_TH: torch.Tensor,
     contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
@@ -243,7 +259,8 @@ def combine(
     hidden's dtype.
 
     The order of the sum is that of `contributions`. Rows without any are zero. The sum may be
-    written into `room_TH`, of hidden's shape and dtype, and is that tensor then.
+    written into `room_TH`, of hidden's shape and dtype, and is that tensor then; one of the partial
+    sums may be the room.
     """
     dtype = hidden_TH.dtype
     partials = [partial for rows, partial in contributions if rows is None]

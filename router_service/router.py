@@ -117,6 +117,8 @@ class Router:
             self.meter.take(layer.index, batch.sample)
         result = await self._fanout.run(batch, layer.index, snapshot, deadline)
         room = requests[0].room if len(requests) == 1 else None
+        if room is None:  # the batch's are the only hands that the partial sums are in
+            room = dispatch.reusable(batch.hidden, result.contributions)
         hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions, room)
         routed = batch.routed_columns
         answer = Answer(

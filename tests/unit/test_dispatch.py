@@ -224,3 +224,27 @@ def test_a_slow_server_gets_less_of_a_large_batch() -> None:
     parts, _ = dispatch.plan(ids, Holders(np.ones((3, 1), np.bool_), np.array([1.0, 1.0, 0.5])))
 
     assert [round(part.pairs / 600, 1) for part in parts] == [0.4, 0.4, 0.2]
+
+
+def test_the_sum_may_take_the_place_of_a_partial_sum_that_is_nobody_elses() -> None:
+    hidden = torch.randn(5, 8).bfloat16()
+    some = (np.array([0, 3]), torch.randn(2, 8).bfloat16())
+    received = np.frombuffer(bytes(torch.randn(5, 8).numpy().data), np.int16)[:40].reshape(5, 8)
+    view = (None, torch.from_numpy(received.copy()).view(torch.bfloat16))
+    wide, own = (None, torch.randn(5, 8)), (None, torch.randn(5, 8).bfloat16())
+
+    assert dispatch.reusable(hidden, [some, view, wide, own]) is own[1]
+    assert dispatch.reusable(hidden, [some, view, wide]) is None
+    assert dispatch.reusable(hidden, []) is None
+
+
+@pytest.mark.parametrize("partials", [2, 3])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_sum_in_place_of_a_partial_sum_is_the_same_sum(partials: int, place: int) -> None:
+    hidden = torch.randn(300, 8).bfloat16()
+    contributions = [(None, torch.randn(300, 8).bfloat16()) for _ in range(partials)]
+    expected = dispatch.combine(hidden, contributions)
+
+    room = contributions[place][1]
+    assert dispatch.combine(hidden, contributions, room) is room
+    assert torch.equal(room, expected)
