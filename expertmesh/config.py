@@ -164,7 +164,8 @@ class SharedMemoryConfig:
 class RouterConfig:
     """How a router batches, spreads and retries."""
 
-    max_batch_rows: int = 16384  # rows of one merged batch: bounds its memory
+    max_batch_rows: int = 4096  # rows of one merged batch: merging copies them, and beyond there is
+    # nothing to gain by it
     max_batches_per_layer: int = 2  # one computes while the next one travels
     small_rows: int = 256  # requests of more rows queue apart: decoding does not wait for prompts
     default_timeout_s: float = 30.0  # for requests that bring no deadline
@@ -201,7 +202,7 @@ class ExpertConfig:
     merge_rows: int = 256  # waiting requests of a layer are computed together up to this: beyond,
     # arithmetic and no longer the reading of weights takes the time
     block_rows: int = 1024  # a larger request lets others go first after each so many rows
-    inline_compute_s: float = 2.5e-4  # what usually takes less is computed on the event loop when
+    inline_compute_s: float = 5e-4  # what usually takes less is computed on the event loop when
     # nobody waits: the way to the device thread and back would take longer
     announce_every_s: float = 1.0  # heartbeat to the controller, whatever the load takes
     load_share: float = 0.25  # of one core, for slots that are loaded while requests are answered:
