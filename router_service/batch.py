@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -56,23 +57,38 @@ class _Waiting:
     future: asyncio.Future[Answer]
 
 
+_LEARNT = 0.2  # how much of what a batch took enters into what is usual
 Compute = Callable[[list[Member], Deadline], Awaitable[list[Answer]]]
 
 
 class LayerQueue:
     """Merges what waits for one layer in one dtype.
 
-    A request that finds fewer than `max_batches` batches under way starts at once; the others wait
-    and leave together, up to `max_rows`, when a batch ends. So company costs nobody any time.
+    A request that finds no batch under way starts at once; the others wait and leave together, up
+    to `max_rows`, when a batch ends. Up to `max_batches` are under way at a time. A further one
+    starts at once, or, with `overlap_after`, when the newest has taken that many times its usual
+    time: few rows read their experts' weights whatever their number, so two batches side by side
+    take twice what one of all their rows takes; but one that hangs shall not hold up the others.
     """
 
-    def __init__(self, compute: Compute, max_rows: int, max_batches: int, tasks: TaskSet) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        max_rows: int,
+        max_batches: int,
+        tasks: TaskSet,
+        overlap_after: float = 0.0,
+    ) -> None:
         self._compute = compute
         self._max_rows = max_rows
         self._max_batches = max_batches
         self._tasks = tasks
+        self._overlap_after = overlap_after
         self._waiting: deque[_Waiting] = deque()
         self._running = 0
+        self._newest_at = 0.0  # when the newest batch started, the loop's clock
+        self._usual_s = 0.0  # what a batch takes; 0 before the first has ended
+        self._look: asyncio.TimerHandle | None = None
 
     @property
     def waiting(self) -> int:
@@ -87,24 +103,70 @@ class LayerQueue:
     async def answer(self, request: ForwardRequest, deadline: Deadline) -> Answer:
         """The request's share of the batch that it joins."""
         member = Member(request, deadline)
-        if self._running < self._max_batches:  # alone, in the caller's own task
-            self._running += 1
+        if self._until_start_s() <= 0:  # alone, in the caller's own task
+            self._begin()
             try:
-                return (await self._compute([member], deadline))[0]
+                return (await self._timed([member], deadline))[0]
             finally:
-                self._ended()
+                self._end()
         waiting = _Waiting(member, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
+        self._look_later()
         return await waiting.future
 
-    def _ended(self) -> None:
+    def _until_start_s(self) -> float:
+        """Seconds until a batch may start if none ends before; at most 0 for now."""
+        if self._running == 0:
+            return 0.0
+        if self._running >= self._max_batches:
+            return math.inf
+        now = asyncio.get_running_loop().time()
+        return self._newest_at + self._overlap_after * self._usual_s - now
+
+    def _begin(self) -> None:
+        self._newest_at = asyncio.get_running_loop().time()
+        self._running += 1
+
+    def _end(self) -> None:
         self._running -= 1
+        self._start_next()
+
+    async def _timed(self, members: list[Member], deadline: Deadline) -> list[Answer]:
+        started_at = asyncio.get_running_loop().time()
+        answers = await self._compute(members, deadline)
+        self._learn(asyncio.get_running_loop().time() - started_at)
+        return answers
+
+    def _learn(self, took_s: float) -> None:
+        """Notes how long a batch took. One that waited for a server is not what is usual."""
+        usual = self._usual_s or took_s
+        self._usual_s = usual + _LEARNT * (min(took_s, 2.0 * usual) - usual)
+
+    def _look_later(self) -> None:
+        """Has the queue looked at again when a batch may start beside the newest."""
+        left_s = self._until_start_s()
+        if self._look is None and left_s < math.inf:
+            self._look = asyncio.get_running_loop().call_later(max(0.0, left_s), self._looked)
+
+    def _looked(self) -> None:
+        self._look = None
+        self._start_next()
+
+    def _start_next(self) -> None:
+        """Starts a batch of what waits, if one may start now."""
+        if self._until_start_s() > 0:
+            if self._waiting:
+                self._look_later()
+            return
         batch = self._next_batch()
-        if batch:
-            self._running += 1
-            task = self._tasks.spawn(self._run(batch), "batch")
-            for waiting in batch:
-                waiting.future.add_done_callback(lambda _: _abandon(batch, task))
+        if not batch:
+            return
+        self._begin()
+        task = self._tasks.spawn(self._settle(batch), "batch")
+        # Not in the task itself: one that is cancelled before its first step never runs.
+        task.add_done_callback(lambda _: self._end())
+        for waiting in batch:
+            waiting.future.add_done_callback(lambda _: _abandon(batch, task))
 
     def _next_batch(self) -> list[_Waiting]:
         """Who leaves together now, in the order in which they came."""
@@ -121,11 +183,12 @@ class LayerQueue:
             rows += waiting.member.rows
         return batch
 
-    async def _run(self, batch: list[_Waiting]) -> None:
+    async def _settle(self, batch: list[_Waiting]) -> None:
+        """Computes one batch and tells everybody in it."""
         members = [waiting.member for waiting in batch]
         deadline = Deadline(max(member.deadline.at for member in members))
         try:
-            answers = await self._compute(members, deadline)
+            answers = await self._timed(members, deadline)
             for waiting, answer in zip(batch, answers, strict=True):
                 if not waiting.future.done():
                     waiting.future.set_result(answer)
@@ -139,8 +202,6 @@ class LayerQueue:
             for waiting in batch:
                 if not waiting.future.done():
                     waiting.future.set_exception(error)
-        finally:
-            self._ended()
 
 
 def _abandon(batch: list[_Waiting], task: asyncio.Task[None]) -> None:

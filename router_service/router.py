@@ -81,7 +81,8 @@ class Router:
 
     def _queue(self, layer: LayerSpec, hidden: torch.Tensor) -> LayerQueue:
         """Where such a request waits: few rows never wait for, or in one batch with, many."""
-        key = (layer.index, hidden.dtype, len(hidden) > self._config.small_rows)
+        many = len(hidden) > self._config.small_rows
+        key = (layer.index, hidden.dtype, many)
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = LayerQueue(
@@ -89,6 +90,7 @@ class Router:
                 self._config.max_batch_rows,
                 self._config.max_batches_per_layer,
                 self._tasks,
+                0.0 if many else self._config.overlap_after,
             )
         return queue
 

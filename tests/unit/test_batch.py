@@ -28,10 +28,12 @@ class Shards:
         self.deadlines: list[Deadline] = []
         self.proceed = asyncio.Event()
         self.cancelled = 0
+        self._another = asyncio.Event()
 
     async def compute(self, members: list[Member], deadline: Deadline) -> list[Answer]:
         self.batches.append(members)
         self.deadlines.append(deadline)
+        self._another.set()
         try:
             await self.proceed.wait()
         except asyncio.CancelledError:
@@ -47,6 +49,12 @@ class Shards:
             np.arange(rows),
         )
         return split(members, whole)
+
+    async def have(self, batches: int) -> None:
+        """Returns once so many have come, counted from the first."""
+        while len(self.batches) < batches:
+            self._another.clear()
+            await self._another.wait()
 
     @property
     def sizes(self) -> list[int]:
@@ -189,3 +197,73 @@ def test_no_more_batches_run_at_once_than_allowed(max_batches: int) -> None:
         return running
 
     assert asyncio.run(scenario()) == max_batches
+
+
+def test_a_second_batch_starts_beside_the_first_only_when_that_takes_unusually_long() -> None:
+    async def scenario() -> tuple[list[int], list[int], list[int]]:
+        shards = Shards()
+        queue = LayerQueue(
+            shards.compute, max_rows=100, max_batches=2, tasks=TaskSet(), overlap_after=3.0
+        )
+        shards.proceed.set()
+        await _ask(queue, 0.0)  # what is usual: hardly any time
+        shards.proceed.clear()
+        asks = [_ask(queue, float(i)) for i in range(4)]
+        await asyncio.sleep(0)  # one start of each task: time for nothing else
+        at_once = shards.sizes[1:]
+        await shards.have(3)
+        late = shards.sizes[1:]
+        asks += [_ask(queue, float(i)) for i in range(4, 6)]
+        await _settle()  # two are under way
+        shards.proceed.set()
+        await asyncio.gather(*asks)
+        return at_once, late, shards.sizes[1:]
+
+    at_once, late, sizes = asyncio.run(scenario())
+
+    assert at_once == [1]
+    assert late == [1, 3]
+    assert sizes == [1, 3, 2]
+
+
+def test_batches_that_end_in_their_usual_time_come_one_after_the_other() -> None:
+    async def scenario() -> tuple[list[int], int]:
+        most = running = 0
+        sizes: list[int] = []
+
+        async def compute(members: list[Member], _: Deadline) -> list[Answer]:
+            nonlocal most, running
+            running += 1
+            most = max(most, running)
+            sizes.append(len(members))
+            await asyncio.sleep(0.02)
+            running -= 1
+            rows = sum(member.rows for member in members)
+            nothing = np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.float32)
+            return split(members, Answer(torch.zeros(rows, 2), *nothing, SNAPSHOT, None))
+
+        queue = LayerQueue(
+            compute, max_rows=100, max_batches=2, tasks=TaskSet(), overlap_after=100.0
+        )
+        await _ask(queue, 0.0)
+        await asyncio.gather(*(_ask(queue, float(i)) for i in range(10)))
+        return sizes, most
+
+    assert asyncio.run(scenario()) == ([1, 1, 9], 1)
+
+
+def test_a_batch_that_nobody_waits_for_any_more_leaves_its_place() -> None:
+    async def scenario() -> list[int]:
+        shards = Shards()
+        queue = LayerQueue(shards.compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        first, second = _ask(queue, 0.0), _ask(queue, 1.0)
+        await _settle()
+        first.cancel()
+        await shards.have(2)
+        second.cancel()
+        await _settle()
+        shards.proceed.set()
+        await _ask(queue, 2.0)
+        return [queue.running, queue.waiting]
+
+    assert asyncio.run(scenario()) == [0, 0]
