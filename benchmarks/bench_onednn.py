@@ -58,14 +58,16 @@ class Batch:
         return len(self.ids.unique())
 
 
-def _batch(shape: Shape, tokens: int, seed: int) -> Batch:
+def make_batch(shape: Shape, tokens: int, seed: int) -> Batch:
+    """So many rows and an even routing of them; another for each seed."""
     generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.rand(tokens, shape.experts, generator=generator).topk(shape.top_k).indices
     weights = torch.rand(tokens, shape.top_k, generator=generator).softmax(dim=-1)
     return Batch(make_rows(shape, tokens, seed), ids.to(torch.int32), weights)
 
 
-def _backend(dtype: str, shape: Shape, experts: torch.nn.Module) -> Backend:
+def make_backend(dtype: str, shape: Shape, experts: torch.nn.Module) -> Backend:
+    """The onednn backend with those experts, in "bf16" or "int8"."""
     layer = LayerSpec(
         index=0,
         num_experts=shape.experts,
@@ -86,7 +88,9 @@ def _backend(dtype: str, shape: Shape, experts: torch.nn.Module) -> Backend:
     return backend
 
 
-def _ours(backend: Backend, batches: list[Batch]) -> Side:
+def our_side(backend: Backend, batches: list[Batch]) -> Side:
+    """The backend, on the batches in turn."""
+
     def run(index: int) -> torch.Tensor:
         batch = batches[index % len(batches)]
         return backend.compute(0, batch.hidden, batch.ids, batch.weights)
@@ -94,7 +98,8 @@ def _ours(backend: Backend, batches: list[Batch]) -> Side:
     return run
 
 
-def _peer(name: str, experts: torch.nn.Module, batches: list[Batch]) -> Side:
+def peer_side(name: str, experts: torch.nn.Module, batches: list[Batch]) -> Side:
+    """One of transformers' implementations, on the batches in turn."""
     ids = [batch.ids.long() for batch in batches]
 
     def run(index: int) -> torch.Tensor:
@@ -126,14 +131,14 @@ def _measure(
     repeats: int,
 ) -> None:
     case = f"T = {tokens}"
-    batches = [_batch(shape, tokens, seed) for seed in range(_INPUTS)]
+    batches = [make_batch(shape, tokens, seed) for seed in range(_INPUTS)]
     pairs = tokens * shape.top_k
     peers = {
-        name: _peer(name, experts, batches)
+        name: peer_side(name, experts, batches)
         for name in _PEERS
         if name != "batched_mm" or pairs * shape.expert_bytes <= _BATCHED_BYTES
     }
-    ours = {name: _ours(backend, batches) for name, backend in backends.items()}
+    ours = {name: our_side(backend, batches) for name, backend in backends.items()}
     _gate(report, case, {**ours, **peers})
     rounds = repeats if tokens <= 64 else max(5, repeats // 4)
     seconds = interleave({**ours, "read": read, "GEMM": gemm, **peers}, rounds)
@@ -198,7 +203,7 @@ def main() -> None:
         facts=facts(),
     )
     experts = make_block(shape).experts
-    backends = {name: _backend(name, shape, experts) for name in ("bf16", "int8")}
+    backends = {name: make_backend(name, shape, experts) for name in ("bf16", "int8")}
     for count in tokens:
         _measure(report, backends, experts, shape, count, arguments.repeats)
     print(report.markdown())
