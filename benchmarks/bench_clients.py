@@ -7,6 +7,7 @@ python benchmarks/bench_clients.py routers [--hardware 2core-epyc]    # 1, 2 and
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
@@ -32,8 +33,8 @@ _TIMEOUT_S = 120.0
 _TOLERANCE = 2e-2  # bf16
 _DECODE_SAYS = f"""\
 Processes on one machine, without Ray: clients (one process, a connection each), a router,
-{_SHARDS} expert servers (onednn, one thread each). Every client decodes: T = 1, rows of its own,
-its next request when the last is answered. `tokens/s` is of all clients together; `ratio` is
+{_SHARDS} expert servers (onednn, one thread each). Every client decodes: T = 1, {_CLIENTS} rows in
+turn, its next request when the last is answered. `tokens/s` is of all clients together; `ratio` is
 {_CLIENTS} clients over one, round by round."""
 _ROUTERS_SAYS = f"""\
 Processes on one machine, without Ray: one client connection that knows every router and picks
@@ -54,7 +55,7 @@ async def _decode(report: Report, address: str, shape: Shape, rounds: int, reque
             output = await mesh.forward(rows[index : index + 1], 0, timeout=_TIMEOUT_S)
             for clients in results:
                 report.gate(_plural(clients), output, expected[index : index + 1], _TOLERANCE)
-            calls.append(_asking(mesh, rows[index : index + 1]))
+            calls.append(_asking(mesh, [*rows.roll(-index, 0).split(1)]))
         for index in range(-1, rounds):  # the first one warms up
             for clients, blocks in results.items():
                 ran = await run_block(calls[:clients], requests * (4 if clients == 1 else 1))
@@ -77,8 +78,10 @@ def _plural(clients: int) -> str:
     return f"{clients} client{'s' * (clients > 1)}"
 
 
-def _asking(mesh: AsyncMesh, rows: torch.Tensor) -> Request:
-    return lambda: mesh.forward(rows, 0, timeout=_TIMEOUT_S)
+def _asking(mesh: AsyncMesh, rows: list[torch.Tensor]) -> Request:
+    """Asks for them in turn: as with a model's tokens, each has experts of its own."""
+    turn = itertools.cycle(rows)
+    return lambda: mesh.forward(next(turn), 0, timeout=_TIMEOUT_S)
 
 
 async def _routers(report: Report, addresses: str, count: int, rounds: int, requests: int) -> None:
@@ -90,7 +93,7 @@ async def _routers(report: Report, addresses: str, count: int, rounds: int, requ
         for _ in range(2 * count):
             output = await mesh.forward(rows, 0, timeout=_TIMEOUT_S)
             report.gate(case, output, expected, _TOLERANCE)
-        calls = [_asking(mesh, rows)] * _CLIENTS
+        calls = [_asking(mesh, [rows])] * _CLIENTS
         await run_block(calls, requests)
         statuses = await mesh.statuses()
         pids = {f"router {index}": status.pid for index, status in enumerate(statuses)}

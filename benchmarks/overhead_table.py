@@ -14,8 +14,8 @@ _BEGIN, _END = "<!-- begin: benchmarks/overhead_table.py -->\n", "<!-- end -->"
 
 
 def newest_results(folder: Path = _ROOT / "benchmarks" / "results") -> Path:
-    """The JSON of the last month in which the path was measured."""
-    return max(folder.glob("path_*.json"), key=lambda path: path.stem.rpartition("_")[2])
+    """The JSON of the last month in which the path was measured; of several, the last by name."""
+    return max(folder.glob("path_*.json"), key=lambda path: path.stem.split("_")[::-1])
 
 
 def table(results: Path) -> str:
