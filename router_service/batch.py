@@ -103,7 +103,7 @@ class LayerQueue:
     async def answer(self, request: ForwardRequest, deadline: Deadline) -> Answer:
         """The request's share of the batch that it joins."""
         member = Member(request, deadline)
-        if self._until_start_s() <= 0:  # alone, in the caller's own task
+        if not self._waiting and self._until_start_s() <= 0:  # alone, in the caller's own task
             self._begin()
             try:
                 return (await self._timed([member], deadline))[0]
@@ -111,7 +111,7 @@ class LayerQueue:
                 self._end()
         waiting = _Waiting(member, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
-        self._look_later()
+        self._start_next()
         return await waiting.future
 
     def _until_start_s(self) -> float:
@@ -154,19 +154,16 @@ class LayerQueue:
 
     def _start_next(self) -> None:
         """Starts a batch of what waits, if one may start now."""
-        if self._until_start_s() > 0:
-            if self._waiting:
-                self._look_later()
-            return
-        batch = self._next_batch()
-        if not batch:
-            return
-        self._begin()
-        task = self._tasks.spawn(self._settle(batch), "batch")
-        # Not in the task itself: one that is cancelled before its first step never runs.
-        task.add_done_callback(lambda _: self._end())
-        for waiting in batch:
-            waiting.future.add_done_callback(lambda _: _abandon(batch, task))
+        batch = self._next_batch() if self._until_start_s() <= 0 else []
+        if batch:
+            self._begin()
+            task = self._tasks.spawn(self._settle(batch), "batch")
+            # Not in the task itself: one that is cancelled before its first step never runs.
+            task.add_done_callback(lambda _: self._end())
+            for waiting in batch:
+                waiting.future.add_done_callback(lambda _: _abandon(batch, task))
+        if self._waiting:
+            self._look_later()
 
     def _next_batch(self) -> list[_Waiting]:
         """Who leaves together now, in the order in which they came."""
