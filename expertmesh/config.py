@@ -167,10 +167,8 @@ class RouterConfig:
     max_batch_rows: int = 4096  # rows of one merged batch: merging copies them, and beyond there is
     # nothing to gain by it
     max_batches_per_layer: int = 2  # one computes while the next one travels
-    overlap_after: float = (
-        3.0  # times what a batch usually takes: only then does another one of few
-    )
-    # rows start beside it, for both would read the same experts' weights; 0: at once
+    overlap_after: float = 3.0  # times its usual time that a batch of few rows has a layer to
+    # itself, for another one would read the same experts' weights beside it; 0: none
     small_rows: int = 256  # requests of more rows queue apart: decoding does not wait for prompts
     default_timeout_s: float = 30.0  # for requests that bring no deadline
     hedge_after_s: float = 0.25  # a silent server's rows go to a replica too after this; with
