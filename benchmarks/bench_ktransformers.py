@@ -30,11 +30,11 @@ _MAX_TOKENS = 4096
 _REST_S = 0.3  # between the sides: threads of either spin for a while after a call
 _SAYS = """\
 Routed experts only. `ktransformers` is the class AMXBF16_MOE of kt-kernel's extension module
-VARIANT, called from Python with as many worker threads as there are cores; `onednn` is our backend
-with as many. Each side is called `calls` times one after the other, then nobody for 0.3 s, then the
-other side: called in turn, each found the other's threads spinning on its cores. A block's time is
-the median of its calls but the first. `ratio` is ktransformers' time over ours, block by block:
-median (least–largest), above 1 ours is faster. Both are gated against transformers' eager."""
+VARIANT, called from Python with THREADS worker threads; `onednn` is our backend with as many.
+Each side is called `calls` times one after the other, then nobody for 0.3 s, then the other side:
+called in turn, each found the other's threads spinning on its cores. A block's time is the median
+of its calls but the first. `ratio` is ktransformers' time over ours, block by block: median
+(least–largest), above 1 ours is faster. Both are gated against transformers' eager."""
 
 
 def _load(folder: Path, variant: str) -> Any:
@@ -120,17 +120,19 @@ def main() -> None:
     parser.add_argument("--variant", default="avx512_bf16", help="of its extension modules")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
     parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--threads", type=int, help="of each side; every core if not given")
     parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
     arguments = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
+    threads = arguments.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     (version,) = (path.name for path in arguments.peer.glob("kt_kernel-*.dist-info"))
+    says = _SAYS.replace("VARIANT", arguments.variant).replace("THREADS", str(threads))
     report = Report(
         theme="ktransformers",
         title="Routed experts of a DeepSeek-V2-Lite layer on the CPU: onednn and ktransformers",
         command="python benchmarks/bench_ktransformers.py --peer ... "
-        f"--variant {arguments.variant} --blocks {arguments.blocks}",
-        says=f"{LITE}, bf16.\n{_SAYS.replace('VARIANT', arguments.variant)}",
+        f"--variant {arguments.variant} --blocks {arguments.blocks} --threads {threads}",
+        says=f"{LITE}, bf16.\n{says}",
         facts=facts() | {"kt-kernel": version.split("-")[1].removesuffix(".dist")},
     )
     experts = make_block(LITE).experts
