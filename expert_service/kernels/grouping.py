@@ -9,8 +9,11 @@ are few, so that matrix products of few sizes are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -29,7 +32,7 @@ class Grouping(NamedTuple):
     rows: torch.Tensor  # int64 [S]: the row at each place; any valid row where there is no pair
     weights: torch.Tensor  # float32 [P]: the weight of each pair, row by row
     places: torch.Tensor  # int64 [P]: the place of each pair, row by row
-    offsets: torch.Tensor  # int64 [R]: where each row starts in `places`
+    offsets: torch.Tensor  # int64 [R + 1]: where each row starts in `places`, and the last ends
 
     def is_identity(self, rows: int) -> bool:
         """Whether the result is one expert's output on every row, as it is.
@@ -54,36 +57,48 @@ class BlockSizes(NamedTuple):
 def group_by_expert(
     expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor, sizes: BlockSizes
 ) -> Grouping:
-    """Sorts the pairs of a batch by expert, dropping those with id -1. R may be 0."""
-    if len(expert_ids_RK) == 1:
-        return _group_row(expert_ids_RK[0].tolist(), weights_RK[0].tolist(), sizes)
+    """Sorts the pairs of a batch by expert, dropping those with id -1. R may be 0.
+
+    In numpy, whose calls cost less than torch's where pairs are few, and no more where not.
+    """
     R, K = expert_ids_RK.shape
-    ids_RK = expert_ids_RK.reshape(-1)
-    weights_P = weights_RK.reshape(-1)
-    sorted_ids, order_P = torch.sort(ids_RK, stable=True)
-    experts, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
-    runs = list(zip(experts.tolist(), counts.tolist(), strict=True))
-    holes = runs.pop(0)[1] if runs and runs[0][0] < 0 else 0
+    if R == 1:
+        return _group_row(expert_ids_RK[0].tolist(), weights_RK[0].tolist(), sizes)
+    ids = expert_ids_RK.numpy().reshape(-1)
+    order = _stable_order(ids)
+    sorted_ids = ids[order]
+    holes = int(sorted_ids.searchsorted(0))
+    order, sorted_ids = order[holes:], sorted_ids[holes:]
+    starts = [0, *(1 + np.flatnonzero(sorted_ids[1:] != sorted_ids[:-1])).tolist()]
+    counts = [stop - start for start, stop in pairwise([*starts, len(order)])]
+    runs = list(zip(sorted_ids[starts].tolist(), counts, strict=True)) if len(order) else []
     blocks, gaps = _cut(runs, sizes)
 
-    order_P = order_P[holes:]
-    # Each expert's pairs lie as far beyond their rank as the experts before it have empty places.
-    place_P = torch.arange(R * K - holes)
-    if runs:
-        place_P += torch.tensor(gaps).repeat_interleave(counts[-len(runs) :])
-    rows_S = torch.zeros(blocks[-1].stop if blocks else 0, dtype=torch.int64)
-    rows_S[place_P] = order_P // max(K, 1)
+    places_S = blocks[-1].stop if blocks else 0
+    place = np.arange(len(order))
+    if places_S > len(order):
+        # Each expert's pairs lie as far beyond their rank as those before have empty places.
+        place += np.repeat(gaps, counts)
+    rows = np.zeros(places_S, dtype=np.int64)
+    rows[place] = order // max(K, 1)
 
-    places_P = torch.empty(R * K, dtype=torch.int64)
-    places_P[order_P] = place_P
-    offsets_R = torch.arange(R) * K
+    places = np.empty(R * K, dtype=np.int64)
+    places[order] = place
+    weights_P = weights_RK.reshape(-1)
+    offsets = np.arange(R + 1) * K
     if holes:
-        kept_RK = expert_ids_RK >= 0
-        kept = kept_RK.reshape(-1)
-        places_P, weights_P = places_P[kept], weights_P[kept]
-        kept_R = kept_RK.sum(dim=1)
-        offsets_R = torch.cumsum(kept_R, dim=0) - kept_R
-    return Grouping(blocks, rows_S, weights_P, places_P, offsets_R)
+        kept = ids >= 0
+        places, weights_P = places[kept], weights_P[torch.from_numpy(kept)]
+        kept.reshape(R, K).sum(axis=1).cumsum(out=offsets[1:])
+    rows_S, places_P, offsets_R1 = map(torch.from_numpy, (rows, places, offsets))
+    return Grouping(blocks, rows_S, weights_P, places_P, offsets_R1)
+
+
+def _stable_order(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Positions in ascending order of id. Of many, numbers of 16 bits are sorted sooner."""
+    if len(ids) > 256 and int(ids.max()) < 1 << 15:
+        return ids.astype(np.int16).argsort(kind="stable")
+    return ids.argsort(kind="stable")
 
 
 def _group_row(ids: list[int], weights: list[float], sizes: BlockSizes) -> Grouping:
@@ -97,9 +112,9 @@ def _group_row(ids: list[int], weights: list[float], sizes: BlockSizes) -> Group
     return Grouping(
         blocks,
         torch.zeros(blocks[-1].stop if blocks else 0, dtype=torch.int64),
-        torch.tensor([weight for _, weight in kept], dtype=torch.float32),
-        torch.tensor(places, dtype=torch.int64),
-        torch.zeros(1, dtype=torch.int64),
+        torch.from_numpy(np.array([weight for _, weight in kept], dtype=np.float32)),
+        torch.from_numpy(np.array(places, dtype=np.int64)),
+        torch.from_numpy(np.array([0, len(kept)])),
     )
 
 
@@ -146,4 +161,6 @@ def sum_by_row(
         weights = torch.stack((high, low), dim=1).reshape(-1)
         places = places.repeat_interleave(2)
         offsets = offsets * 2
-    return torch.embedding_bag(y_SH, places, offsets, per_sample_weights=weights)[0]
+    return torch.embedding_bag(
+        y_SH, places, offsets, per_sample_weights=weights, include_last_offset=True
+    )[0]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from expert_service.kernels.avx512_experts import Avx512Experts, create_avx512_experts
 from expert_service.kernels.crew import Crew, divide
 from expert_service.kernels.grouping import (
     BlockSizes,
@@ -26,7 +27,7 @@ from expert_service.kernels.grouping import (
     sum_by_row,
 )
 from expert_service.kernels.onednn_cpu import has_tiles
-from expert_service.kernels.onednn_formats import Rows, Work, create_format
+from expert_service.kernels.onednn_formats import PackedFormat, Rows, Work, create_format
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, ModelSpec, Slot
 
 #: Numbers of rows that matrix products run on; others are padded to the next one.
@@ -87,6 +88,9 @@ class OneDnnBackend:
         self.name = "onednn/cpu" if self._format.name != "int8" else "onednn-int8/cpu"
         self._experts: dict[int, dict[int, Any]] = {}
         self._bytes = self._loads = 0  # of everything loaded, before packing; how many experts
+        self._own: Avx512Experts | None = None
+        if isinstance(self._format, PackedFormat) and self._format.dtype == torch.bfloat16:
+            self._own = create_avx512_experts(spec, self._crew)
         self._x = _RowBuffer(spec.hidden_size)
         self._y = _RowBuffer(spec.hidden_size)
         # Without AMX, oneDNN's kernels for 1 and 2 rows read weights 10 to 25 % slower than
@@ -117,7 +121,9 @@ class OneDnnBackend:
 
     @torch.no_grad()
     def finish_loading(self) -> None:
-        """Builds the primitives of small blocks, once for each shape of expert."""
+        """Builds oneDNN's primitives of small blocks, once for each shape of expert."""
+        if self._own is not None and self._own.takes(_MAX_BLOCK):
+            return
         self._use_threads()
         shapes = {
             self._format.width(packed): packed
@@ -135,7 +141,6 @@ class OneDnnBackend:
                 if ways > 1:
                     self._crew.run([warm] * self._threads)
 
-    @torch.no_grad()
     def compute(
         self,
         layer: int,
@@ -144,11 +149,24 @@ class OneDnnBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See `Backend.compute`."""
+        experts = self._experts.get(layer, {})
+        if self._own is not None and self._own.takes(len(hidden_RH)):
+            return self._own.compute(experts, hidden_RH, expert_ids_RK, weights_RK)
+        return self._compute(experts, hidden_RH, expert_ids_RK, weights_RK)
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        experts: dict[int, Any],
+        hidden_RH: torch.Tensor,
+        expert_ids_RK: torch.Tensor,
+        weights_RK: torch.Tensor,
+    ) -> torch.Tensor:
         self._use_threads()
         grouping = group_by_expert(expert_ids_RK, weights_RK, self._sizes)
         rows = self._format.encode(hidden_RH)
         dtype = self._format.output_dtype(hidden_RH.dtype)
-        y_SH, scale_S = self._compute_places(self._experts.get(layer, {}), rows, grouping, dtype)
+        y_SH, scale_S = self._compute_places(experts, rows, grouping, dtype)
         if scale_S is None and grouping.is_identity(len(hidden_RH)):
             return y_SH[: len(hidden_RH)].to(hidden_RH.dtype, copy=True)
         weights_P = grouping.weights

@@ -44,14 +44,14 @@ def has_tiles() -> bool:
 def compute_dtype(wanted: torch.dtype) -> torch.dtype:
     """`wanted`, or float32 where this CPU has no instructions for it. Warns then."""
     if not has_packed_ops():
-        _fall_back("this torch lacks oneDNN's packed linear operators: plain ones are used")
+        fall_back("this torch lacks oneDNN's packed linear operators: plain ones are used")
         return wanted
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
     if wanted in supported and not supported[wanted]():
-        _fall_back(f"this CPU cannot compute in {wanted}: float32 is used, in twice the memory")
+        fall_back(f"this CPU cannot compute in {wanted}: float32 is used, in twice the memory")
         return torch.float32
     return wanted
 
@@ -64,7 +64,7 @@ def can_int8(instead: torch.dtype) -> bool:
     elif not has_int8_instructions():
         lacks = "this CPU has neither AVX-512 VNNI nor AMX"
     if lacks:
-        _fall_back(f"{lacks}: weights are kept in {instead}, not in int8")
+        fall_back(f"{lacks}: weights are kept in {instead}, not in int8")
     return not lacks
 
 
@@ -72,6 +72,6 @@ def _has(namespace: object, *names: str) -> bool:
     return all(hasattr(namespace, name) for name in names)
 
 
-def _fall_back(what: str) -> None:
+def fall_back(what: str) -> None:
     # Python's registry of warnings shows each text once from here.
     warnings.warn(f"onednn falls back: {what}", FallbackWarning, stacklevel=1)

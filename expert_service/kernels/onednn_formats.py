@@ -86,7 +86,7 @@ class _FloatFormat(ABC):
         self.dtype = dtype
         self.name = str(dtype).removeprefix("torch.")
 
-    def width(self, packed: ExpertWeights) -> int:
+    def width(self, packed: Any) -> int:
         return int(packed.gate.shape[0])
 
     def output_dtype(self, caller: torch.dtype) -> torch.dtype:
@@ -103,21 +103,33 @@ class _FloatFormat(ABC):
         return Outputs(values, None)
 
     @abstractmethod
-    def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
+    def _swiglu(self, x_MH: torch.Tensor, packed: Any) -> torch.Tensor:
         """y of the formula above for one expert's rows, [M, H]."""
+
+
+class PackedExpert(NamedTuple):
+    """An expert's packed matrices, and where they are."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    addresses: tuple[int, int, int]
+    width: int
 
 
 class PackedFormat(_FloatFormat):
     """oneDNN's packed matrices; the SiLU and the product are fused into the first two products."""
 
-    def pack(self, weights: ExpertWeights, pause: Pause) -> ExpertWeights:
-        return ExpertWeights(*_each(weights, self._pack, pause))
+    def pack(self, weights: ExpertWeights, pause: Pause) -> PackedExpert:
+        gate, up, down = _each(weights, self._pack, pause)
+        at = torch.ops.mkldnn.data_ptr
+        return PackedExpert(gate, up, down, (at(gate), at(up), at(down)), len(weights.gate))
 
     def _pack(self, matrix: torch.Tensor) -> torch.Tensor:
         dense = matrix.detach().to(self.dtype).contiguous()
         return _in_huge_pages(torch.ops.mkldnn._reorder_linear_weight(dense, None))
 
-    def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
+    def _swiglu(self, x_MH: torch.Tensor, packed: Any) -> torch.Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
         gate_MI = linear.default(x_MH, packed.gate, None, "swish", [], "")
         h_MI = linear.binary(x_MH, gate_MI, packed.up, None, "mul")
@@ -134,7 +146,7 @@ class PlainFormat(_FloatFormat):
     def _convert(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.detach().to(self.dtype).contiguous()
 
-    def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
+    def _swiglu(self, x_MH: torch.Tensor, packed: Any) -> torch.Tensor:
         linear = torch.nn.functional.linear
         h_MI = torch.nn.functional.silu(linear(x_MH, packed.gate)).mul_(linear(x_MH, packed.up))
         return linear(h_MI, packed.down)

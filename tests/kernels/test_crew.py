@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -88,6 +90,65 @@ def test_what_a_job_raises_is_raised_once_all_have_ended() -> None:
     with pytest.raises(RuntimeError, match="no memory"):
         Crew(2).run([fail, late])
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("tasks", [0, 1, 2, 50])
+def test_shared_tasks_are_done_once_each(threads: int, tasks: int) -> None:
+    done: list[int] = []
+    crew = Crew(threads)
+
+    for _ in range(3):
+        done.clear()
+        crew.share([partial(done.append, at) for at in range(tasks)])
+        assert sorted(done) == list(range(tasks))
+
+
+def test_the_caller_and_others_share_tasks_at_the_same_time() -> None:
+    meet = threading.Barrier(3, timeout=30.0)
+    by: list[int] = []
+
+    def task() -> None:
+        meet.wait()
+        by.append(threading.get_ident())
+
+    Crew(3).share([task] * 3)
+
+    assert len(set(by)) == 3
+    assert threading.get_ident() in by
+
+
+@pytest.mark.parametrize("fails", ["caller", "other"])
+def test_what_a_shared_task_raises_is_raised_once_all_have_ended(fails: str) -> None:
+    here = threading.get_ident()
+    meet = threading.Barrier(2, timeout=30.0)
+    ended: list[bool] = []
+
+    def task() -> None:
+        meet.wait()  # one each
+        if (threading.get_ident() == here) == (fails == "caller"):
+            raise RuntimeError("no memory")
+        ended.append(True)
+
+    crew = Crew(2)
+    with pytest.raises(RuntimeError, match="no memory"):
+        crew.share([task, task])
+
+    assert ended == [True]
+    assert crew.run([lambda: 1, lambda: 2]) == [1, 2], "it works on"
+
+
+def test_threads_end_with_their_crew() -> None:
+    crew = Crew(3)
+    crew.run([lambda: None] * 3)
+    threads = [thread for thread in threading.enumerate() if thread.name == "experts"]
+
+    del crew
+    gc.collect()
+
+    for thread in threads[-3:]:
+        thread.join(timeout=30.0)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8"])

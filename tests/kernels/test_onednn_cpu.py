@@ -94,7 +94,7 @@ def test_a_fallback_is_said_once_however_many_backends_there_are() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            onednn_cpu._fall_back("this test asked for it")
+            onednn_cpu.fall_back("this test asked for it")
 
     assert [str(each.message) for each in caught] == ["onednn falls back: this test asked for it"]
 

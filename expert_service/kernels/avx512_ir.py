@@ -1,0 +1,393 @@
+"""Generates LLVM code for AVX-512: products with bfloat16 matrices that oneDNN has packed.
+
+A packed bfloat16 matrix [N, K] is cut into blocks of 64 outputs. A block has, pair after pair of
+inputs, the pairs of its outputs: [N / 64, K / 2, 64, 2]. For one row, 64 sums are four vectors of
+16 float32. The sums of six rows stay in registers while a block is read from start to end, which
+is the order of its addresses: the CPU's prefetchers need no help. More rows find it in L2.
+
+All functions take whole jobs (`JOB`); addresses and numbers are i64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from llvmlite import ir
+
+#: Outputs of one block, and vectors of sums that they make.
+BLOCK, _VECTORS = 64, 4
+_LANES = BLOCK // _VECTORS
+#: Rows whose sums fit into AVX-512's 32 registers, beside the weights of one pair of inputs.
+ROWS_IN_REGISTERS = 6
+#: Rows whose sums are kept at a time, in L1; the block that they share comes from L2 meanwhile.
+_PANEL = 4 * ROWS_IN_REGISTERS
+#: The fields of a job: `rows` rows, at `place` and the places after it, times the blocks
+#: `first .. stop - 1` of one or two matrices, whose rows have `pairs` pairs of inputs.
+JOB = ("place", "rows", "matrix", "second", "first", "stop", "pairs")
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """llvmlite has no name for bfloat16; LLVM has."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+_I32, _I64, _F32, _BF16 = ir.IntType(32), ir.IntType(64), ir.FloatType(), _BFloat()
+_PTR = ir.PointerType()
+_SUMS = ir.VectorType(_F32, _LANES)
+_BITS = ir.VectorType(_I32, _LANES)
+_PAIRS = ir.VectorType(_BF16, 2 * _LANES)
+
+
+#: The sums of one row, a pair of its inputs and the weights of it: the sums with their product.
+_Dot = Callable[[ir.IRBuilder, Sequence[ir.Value], ir.Value, Sequence[ir.Value]], list[ir.Value]]
+
+
+def generate(*, has_dot: bool) -> str:
+    """The module's text. Each function takes x, which rows of it, and where the results belong:
+
+        gate_up(jobs, count, x, stride, rows, h, h_stride)
+            h[place] = silu(matrix @ x[rows[place]]) * (second @ x[rows[place]])
+        down_bf16, down_f32(jobs, count, h, stride, rows, y, y_stride)
+            y[place] = matrix @ h[rows[place]]
+        sum_bf16, sum_f32(first, stop, y, stride, places, weights, offsets, out, blocks)
+            out[r] = sum of weights[p] * y[places[p]] over offsets[r] <= p < offsets[r + 1]
+
+    x and h are bfloat16; y and out what the name says; indices int64, weights and all sums float32;
+    strides are between rows, in elements. `has_dot`: the CPU has AVX-512 BF16, which multiplies
+    pairs; else they are widened first.
+    """
+    module = ir.Module("experts")
+    dot = _dot_pairs if has_dot else _dot_widened
+    kernels = [_define_product(module, rows, dot) for rows in range(1, ROWS_IN_REGISTERS + 1)]
+    product = _define_product_of_any(module, kernels)
+    _define_gate_up(module, product)
+    _define_down(module, product, "down_bf16", _BF16)
+    _define_down(module, product, "down_f32", _F32)
+    _define_sum(module, "sum_bf16", _BF16)
+    _define_sum(module, "sum_f32", _F32)
+    return str(module)
+
+
+def _define_product(module: ir.Module, rows: int, dot: _Dot) -> ir.Function:
+    """sums[r] = block @ x[row[r]], for `rows` rows: float32 [rows, 64]."""
+    function = _declare(module, f"product_{rows}", _PTR, _I64, _PTR, _PTR, _I64, _PTR)
+    x, stride, row, block, pairs, sums = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    starts = [
+        _at(builder, x, builder.mul(_load(builder, row, _I64, r), stride), _BF16)
+        for r in range(rows)
+    ]
+    zeros = [ir.Constant(_SUMS, None)] * (rows * _VECTORS)
+    with _loop(builder, pairs, zeros) as (pair, before, after):
+        weights_at = _at(builder, block, builder.mul(pair, _i64(BLOCK)), _I32)
+        weights = [_load(builder, weights_at, _BITS, vector, 4) for vector in range(_VECTORS)]
+        for r, start in enumerate(starts):
+            value = _load(builder, start, _I32, pair, 2)
+            after += dot(builder, before[r * _VECTORS : (r + 1) * _VECTORS], value, weights)
+    for at, total in enumerate(before):
+        builder.store(total, _at(builder, sums, _i64(at), _SUMS), align=64)
+    builder.ret_void()
+    return function
+
+
+def _dot_pairs(
+    builder: ir.IRBuilder, sums: Sequence[ir.Value], pair: ir.Value, weights: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """sums + pair . weights, with AVX-512 BF16."""
+    instruction = _intrinsic(
+        builder.module, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, _SUMS, _PAIRS, _PAIRS
+    )
+    pairs = builder.bitcast(_splat(builder, pair, _BITS), _PAIRS)
+    return [
+        builder.call(instruction, [total, pairs, builder.bitcast(weight, _PAIRS)])
+        for total, weight in zip(sums, weights, strict=True)
+    ]
+
+
+def _dot_widened(
+    builder: ir.IRBuilder, sums: Sequence[ir.Value], pair: ir.Value, weights: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """sums + pair . weights, each element as a float32: a bfloat16 is the upper half of one."""
+    fma = _intrinsic(builder.module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
+
+    def halves(both: ir.Value, kind: ir.Type, single: ir.Type) -> list[ir.Value]:
+        return [
+            builder.bitcast(builder.shl(both, _constant(kind, 16)), single),
+            builder.bitcast(builder.and_(both, _constant(kind, 0xFFFF0000)), single),
+        ]
+
+    values = [_splat(builder, value, _SUMS) for value in halves(pair, _I32, _F32)]
+    results = []
+    for total, weight in zip(sums, weights, strict=True):
+        for value, wide in zip(values, halves(weight, _BITS, _SUMS), strict=True):
+            total = builder.call(fma, [value, wide, total])
+        results.append(total)
+    return results
+
+
+def _define_product_of_any(module: ir.Module, kernels: Sequence[ir.Function]) -> ir.Function:
+    """sums[r] = block @ x[row[r]], for any number of rows: as many at a time as registers hold."""
+    function = _declare(module, "product", _PTR, _I64, _PTR, _I64, _PTR, _I64, _PTR)
+    x, stride, row, count, block, pairs, sums = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    with _loop(builder, count, step=len(kernels)) as (done, _, _):
+        row_at = _at(builder, row, done, _I64)
+        sums_at = _at(builder, sums, builder.mul(done, _i64(BLOCK)), _F32)
+        joined = function.append_basic_block()
+        choice = builder.switch(_least(builder, builder.sub(count, done), len(kernels)), joined)
+        for rows, kernel in enumerate(kernels, 1):
+            case = function.append_basic_block()
+            choice.add_case(_i64(rows), case)
+            builder.position_at_end(case)
+            builder.call(kernel, [x, stride, row_at, block, pairs, sums_at])
+            builder.branch(joined)
+        builder.position_at_end(joined)
+    builder.ret_void()
+    return function
+
+
+def _define_gate_up(module: ir.Module, product: ir.Function) -> None:
+    function = _declare(module, "gate_up", _PTR, _I64, _PTR, _I64, _PTR, _PTR, _I64)
+    jobs, count, x, stride, rows_at, h, h_stride = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    gates, ups = (_allocate_sums(builder) for _ in range(2))
+    with _panels(builder, jobs, count) as (job, block, place, rows):
+        row = _at(builder, rows_at, place, _I64)
+        for matrix, sums in (("matrix", gates), ("second", ups)):
+            address = _block_of(builder, job[matrix], block, job["pairs"])
+            builder.call(product, [x, stride, row, rows, address, job["pairs"], sums])
+        with _loop(builder, rows) as (r, _, _):
+            out = _outputs_at(builder, h, h_stride, builder.add(place, r), block, _BF16)
+            for vector in range(_VECTORS):
+                gate, up = (_load_sums(builder, sums, r, vector) for sums in (gates, ups))
+                _store(builder, builder.fmul(_silu(builder, gate), up), out, vector, _BF16)
+    builder.ret_void()
+
+
+def _define_down(module: ir.Module, product: ir.Function, name: str, dtype: ir.Type) -> None:
+    function = _declare(module, name, _PTR, _I64, _PTR, _I64, _PTR, _PTR, _I64)
+    jobs, count, h, stride, rows_at, y, y_stride = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    sums = _allocate_sums(builder)
+    with _panels(builder, jobs, count) as (job, block, place, rows):
+        row = _at(builder, rows_at, place, _I64)
+        address = _block_of(builder, job["matrix"], block, job["pairs"])
+        builder.call(product, [h, stride, row, rows, address, job["pairs"], sums])
+        with _loop(builder, rows) as (r, _, _):
+            out = _outputs_at(builder, y, y_stride, builder.add(place, r), block, dtype)
+            for vector in range(_VECTORS):
+                _store(builder, _load_sums(builder, sums, r, vector), out, vector, dtype)
+    builder.ret_void()
+
+
+def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
+    function = _declare(module, name, *(_I64, _I64, _PTR, _I64), *(_PTR, _PTR, _PTR), *(_PTR, _I64))
+    first, stop, y, stride, places, weights, offsets, out, blocks = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    fma = _intrinsic(module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
+    with _loop(builder, stop, start=first) as (row, _, _):
+        start, end = (_load(builder, _at(builder, offsets, row, _I64), _I64, at) for at in (0, 1))
+        with _loop(builder, blocks) as (block, _, _):
+            zeros = [ir.Constant(_SUMS, None)] * _VECTORS
+            with _loop(builder, end, zeros, start=start) as (pair, before, after):
+                place = _load(builder, places, _I64, pair)
+                weight = _splat(builder, _load(builder, weights, _F32, pair, 4), _SUMS)
+                at = _outputs_at(builder, y, stride, place, block, dtype)
+                for vector, total in enumerate(before):
+                    value = _load_vector(builder, at, vector, dtype)
+                    after.append(builder.call(fma, [weight, value, total]))
+            at = _outputs_at(builder, out, stride, row, block, dtype)
+            for vector, total in enumerate(before):
+                _store(builder, total, at, vector, dtype)
+    builder.ret_void()
+
+
+# What the functions above are made of.
+
+
+@contextmanager
+def _panels(
+    builder: ir.IRBuilder, jobs: ir.Value, count: ir.Value
+) -> Iterator[tuple[dict[str, ir.Value], ir.Value, ir.Value, ir.Value]]:
+    """For every job, each of its blocks, and rows as many as `_PANEL` at a time: the job's fields,
+    the block's number, the first row's place and how many they are."""
+    with _loop(builder, count) as (number, _, _):
+        start = _at(builder, jobs, builder.mul(number, _i64(len(JOB))), _I64)
+        job = {name: _load(builder, start, _I64, at) for at, name in enumerate(JOB)}
+        with (
+            _loop(builder, job["stop"], start=job["first"]) as (block, _, _),
+            _loop(builder, job["rows"], step=_PANEL) as (done, _, _),
+        ):
+            rows = _least(builder, builder.sub(job["rows"], done), _PANEL)
+            yield job, block, builder.add(job["place"], done), rows
+
+
+def _block_of(
+    builder: ir.IRBuilder, matrix: ir.Value, block: ir.Value, pairs: ir.Value
+) -> ir.Value:
+    """The address of a block of a matrix."""
+    start = builder.mul(builder.mul(block, pairs), _i64(BLOCK))
+    return _at(builder, builder.inttoptr(matrix, _PTR), start, _I32)
+
+
+def _outputs_at(
+    builder: ir.IRBuilder,
+    base: ir.Value,
+    stride: ir.Value,
+    place: ir.Value,
+    block: ir.Value,
+    dtype: ir.Type,
+) -> ir.Value:
+    """The address of a block's outputs in the row of a place."""
+    start = builder.add(builder.mul(place, stride), builder.mul(block, _i64(BLOCK)))
+    return _at(builder, base, start, dtype)
+
+
+def _store(
+    builder: ir.IRBuilder, value: ir.Value, base: ir.Value, vector: int, dtype: ir.Type
+) -> None:
+    if dtype != _F32:
+        value = builder.fptrunc(value, ir.VectorType(dtype, _LANES))
+    builder.store(value, _at(builder, base, _i64(vector * _LANES), dtype), align=2)
+
+
+def _load_vector(builder: ir.IRBuilder, base: ir.Value, vector: int, dtype: ir.Type) -> ir.Value:
+    at = _at(builder, base, _i64(vector * _LANES), dtype)
+    value = builder.load(at, typ=ir.VectorType(dtype, _LANES), align=2)
+    return value if dtype == _F32 else builder.fpext(value, _SUMS)
+
+
+def _allocate_sums(builder: ir.IRBuilder) -> ir.Value:
+    """float32 [_PANEL, 64] on the stack."""
+    sums = builder.alloca(_SUMS, _PANEL * _VECTORS)
+    sums.align = 64
+    return sums
+
+
+def _load_sums(builder: ir.IRBuilder, sums: ir.Value, row: ir.Value, vector: int) -> ir.Value:
+    at = builder.add(builder.mul(row, _i64(_VECTORS)), _i64(vector))
+    return _load(builder, sums, _SUMS, at, 64)
+
+
+def _silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x / (1 + exp(-x))."""
+    one = _constant(_SUMS, 1.0)
+    return builder.fdiv(x, builder.fadd(one, _exp(builder, builder.fneg(x))))
+
+
+#: exp(r) for |r| <= ln(2) / 2, by Taylor: the first term left out is below 1.2e-7, an ulp.
+_EXP = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0]
+_LOG2_E = 1.4426950408889634
+#: ln(2) in two parts: n times the first is exact in float32 for every n that occurs.
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+#: Beyond, exp is infinite, or below the numbers that float32 has in full precision.
+_EXP_MOST, _EXP_LEAST = 88.0, -87.0
+
+
+def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp(x) = 2^n exp(r), x = n ln(2) + r. For less than -87 the value there, and one for NaN."""
+
+    def call(name: str, *values: ir.Value) -> ir.Value:
+        kinds = [_SUMS] * len(values)
+        return builder.call(
+            _intrinsic(builder.module, f"llvm.{name}.v16f32", _SUMS, *kinds), values
+        )
+
+    def constant(value: float) -> ir.Constant:
+        return _constant(_SUMS, value)
+
+    is_infinite = builder.fcmp_ordered(">", x, constant(_EXP_MOST))
+    x = call("maxnum", call("minnum", x, constant(_EXP_MOST)), constant(_EXP_LEAST))
+    n = call("roundeven", builder.fmul(x, constant(_LOG2_E)))
+    r = call("fma", n, constant(-_LN2_HIGH), x)
+    r = call("fma", n, constant(-_LN2_LOW), r)
+    value = constant(_EXP[0])
+    for factor in _EXP[1:]:
+        value = call("fma", value, r, constant(factor))
+    exponent = builder.shl(builder.fptosi(n, _BITS), _constant(_BITS, 23))
+    power = builder.bitcast(builder.add(builder.bitcast(value, _BITS), exponent), _SUMS)
+    return builder.select(is_infinite, constant(math.inf), power)
+
+
+@contextmanager
+def _loop(
+    builder: ir.IRBuilder,
+    stop: ir.Value,
+    carried: Sequence[ir.Value] = (),
+    *,
+    start: ir.Value | None = None,
+    step: int = 1,
+) -> Iterator[tuple[ir.Value, list[ir.Value], list[ir.Value]]]:
+    """While index < stop: the index, the carried values, and a list for their next values.
+
+    `carried` are the values at first; those that the loop gave are theirs after it.
+    """
+    start = _i64(0) if start is None else start
+    before = builder.block
+    head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(_I64)
+    index.add_incoming(start, before)
+    values = [builder.phi(value.type) for value in carried]
+    for value, first in zip(values, carried, strict=True):
+        value.add_incoming(first, before)
+    builder.cbranch(builder.icmp_signed("<", index, stop), body, done)
+    builder.position_at_end(body)
+    after: list[ir.Value] = []
+    yield index, values, after
+    for value, following in zip(values, after, strict=True):
+        value.add_incoming(following, builder.block)
+    index.add_incoming(builder.add(index, _i64(step)), builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+
+
+def _declare(module: ir.Module, name: str, *parameters: ir.Type) -> ir.Function:
+    return ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
+
+
+def _intrinsic(module: ir.Module, name: str, result: ir.Type, *parameters: ir.Type) -> ir.Function:
+    known: ir.Function | None = module.globals.get(name)
+    return known or ir.Function(module, ir.FunctionType(result, parameters), name)
+
+
+def _least(builder: ir.IRBuilder, value: ir.Value, most: int) -> ir.Value:
+    return builder.select(builder.icmp_signed("<", value, _i64(most)), value, _i64(most))
+
+
+def _i64(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+def _constant(kind: ir.Type, value: float) -> ir.Constant:
+    """A number, in every lane of a vector."""
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
+    order = ir.Constant(ir.VectorType(_I32, kind.count), None)
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), order)
+
+
+def _at(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+    """The address of the element `index` of a type."""
+    return builder.gep(base, [index], source_etype=kind)
+
+
+def _load(
+    builder: ir.IRBuilder, base: ir.Value, kind: ir.Type, index: int | ir.Value, align: int = 8
+) -> ir.Value:
+    at = _i64(index) if isinstance(index, int) else index
+    return builder.load(_at(builder, base, at, kind), typ=kind, align=align)
