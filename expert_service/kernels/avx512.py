@@ -1,7 +1,7 @@
-"""Kernels of our own for bfloat16 experts on CPUs with AVX-512, compiled when a server starts.
+"""Kernels of our own for experts on CPUs with AVX-512, compiled when a server starts.
 
-They read matrices as oneDNN packs them, so that both can work with the same memory, and are there
-where llvmlite and the CPU have what they need (`compile_kernels`). The code is `avx512_ir`.
+They are there where llvmlite and the CPU have what they need (`compile_kernels`), and read matrices
+in blocks of outputs, as oneDNN packs them, too. The code is `avx512_ir`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from expert_service.kernels.onednn_cpu import fall_back, has_tiles
 
 BLOCK = 64  # outputs: see `avx512_ir`
-_NAMES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 #: More rows of an expert are left to oneDNN where its instructions do more a cycle (AMX), or ours
 #: have to widen bfloat16 first. So few are multiplied sooner than their weights are read.
 _FEW_ROWS = 4
@@ -33,7 +33,9 @@ class Job(NamedTuple):
     second: int
     first: int
     stop: int
-    pairs: int
+    groups: int
+    side: int
+    second_side: int
 
 
 class Matrix(NamedTuple):
@@ -42,9 +44,12 @@ class Matrix(NamedTuple):
     address: int
     stride: int  # elements from a row to the next
 
-    def before(self, rows: int) -> Matrix:
-        """The same, as if so many rows of two-byte elements were in front of them."""
-        return Matrix(self.address - 2 * rows * self.stride, self.stride)
+
+class Rows(NamedTuple):
+    """Rows as they are multiplied, and where the scales of rows in bytes are."""
+
+    values: Matrix
+    scales: int
 
 
 class Pairs(NamedTuple):
@@ -74,28 +79,31 @@ class Kernels:
         than oneDNN's, None for any."""
         self._engine = engine
         self.most_rows = most_rows
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        on_jobs = (pointer, number, pointer, number, pointer, pointer, number)
-        on_rows = (number, number, pointer, number, pointer, pointer, pointer, pointer, number)
 
-        def function(name: str, parameters: tuple[Any, ...]) -> Callable[..., None]:
+        def function(name: str, parameters: str) -> Callable[..., None]:
             # Called without the GIL.
-            address = engine.get_function_address(name)
-            return ctypes.CFUNCTYPE(None, *parameters)(address)
+            kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in parameters]
+            return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name))
 
-        self._gate_up = function("gate_up", on_jobs)
-        self._down = {dtype: function(f"down_{name}", on_jobs) for dtype, name in _NAMES.items()}
-        self._sum = {dtype: function(f"sum_{name}", on_rows) for dtype, name in _NAMES.items()}
+        def functions(name: str, parameters: str) -> dict[torch.dtype, Callable[..., None]]:
+            return {
+                dtype: function(f"{name}_{suffix}", parameters) for dtype, suffix in _DTYPES.items()
+            }
 
-    def gate_up(self, x_RH: Matrix, rows_S: int, h_SI: Matrix, jobs: Sequence[Job]) -> None:
+        self._gate_up = function("gate_up", "pipipppi")
+        self._down = functions("down", "pipipppi")
+        self._sum = functions("sum", "iipippppi")
+        self._round = functions("round", "iipiipip")
+
+    def gate_up(self, x_RH: Rows, rows_S: int, h_SI: Matrix, jobs: Sequence[Job]) -> None:
         """h = silu(matrix @ x) * (second @ x) at the jobs' places, whose rows are at `rows_S`."""
-        self._gate_up(_array(jobs), len(jobs), *x_RH, rows_S, *h_SI)
+        self._gate_up(_array(jobs), len(jobs), *x_RH.values, rows_S, x_RH.scales, *h_SI)
 
     def down(
-        self, dtype: torch.dtype, h_SI: Matrix, identity_S: int, y_SH: Matrix, jobs: Sequence[Job]
+        self, dtype: torch.dtype, h_SI: Rows, identity_S: int, y_SH: Matrix, jobs: Sequence[Job]
     ) -> None:
         """y = matrix @ h at the jobs' places; `identity_S` has each place's own number."""
-        self._down[dtype](_array(jobs), len(jobs), *h_SI, identity_S, *y_SH)
+        self._down[dtype](_array(jobs), len(jobs), *h_SI.values, identity_S, h_SI.scales, *y_SH)
 
     def sum(
         self,
@@ -111,27 +119,35 @@ class Kernels:
         of_pairs = pairs.places, pairs.weights, pairs.offsets
         self._sum[dtype](start, stop, *y_SH, *of_pairs, out_RH.address, blocks)
 
+    def round(
+        self, dtype: torch.dtype, x: Matrix, out: Rows, blocks: int, start: int, stop: int
+    ) -> None:
+        """The rows start .. stop - 1 of x in bytes, with a scale for each."""
+        self._round[dtype](start, stop, *x, blocks, *out.values, out.scales)
+
 
 def _array(jobs: Sequence[Job]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * (len(jobs) * len(Job._fields)))(*chain.from_iterable(jobs))
 
 
 @functools.cache
-def compile_kernels() -> Kernels | None:
-    """The kernels, once a process, in 0.2 s; None where there are none: products are oneDNN's then.
+def compile_kernels(weights: str) -> Kernels | None:
+    """The kernels for "bf16" or "int8" weights, once a process, in half a second.
 
-    That is without AVX-512, where oneDNN does not compute in bfloat16 either, and without llvmlite,
-    which a `FallbackWarning` says.
+    None where there are none: products are oneDNN's then. That is without AVX-512, and without
+    llvmlite, which a `FallbackWarning` says.
     """
     if not torch.cpu._is_avx512_supported():
+        return None
+    if weights == "int8" and not torch.cpu._is_vnni_supported():
         return None
     if importlib.util.find_spec("llvmlite") is None:
         fall_back("llvmlite is not installed: products are oneDNN's, slower for few rows")
         return None
-    return Kernels(*_compile())
+    return Kernels(*_compile(weights))
 
 
-def _compile(has_dot: bool | None = None) -> tuple[Any, int | None]:
+def _compile(weights: str, has_dot: bool | None = None) -> tuple[Any, int | None]:
     """What `Kernels` asks for; `has_dot` is for `generate`, and as the CPU says if not given."""
     # Here, so that nobody who does without needs llvmlite.
     from llvmlite import binding
@@ -146,30 +162,26 @@ def _compile(has_dot: bool | None = None) -> tuple[Any, int | None]:
     machine = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3
     )
-    module = binding.parse_assembly(generate(has_dot=has_dot))
+    module = binding.parse_assembly(generate(weights, has_dot=has_dot))
     options = binding.create_pipeline_tuning_options(speed_level=2)
     builder = binding.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    return engine, None if has_dot and not has_tiles() else _FEW_ROWS
+    is_slow = weights == "bf16" and not has_dot
+    return engine, _FEW_ROWS if is_slow or has_tiles() else None
 
 
-@functools.cache
-def is_packed_in_blocks(outputs: int, inputs: int) -> bool:
-    """Whether oneDNN packs bfloat16 matrices of that shape as the kernels read them.
+def pack_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix [N, K] of bfloat16 or int8 in the blocks that the kernels read; N and K are whole
+    blocks. int32 [N / 64, groups, 64]."""
+    outputs, inputs = matrix.shape
+    groups = inputs * matrix.itemsize // 4
+    words = matrix.contiguous().view(torch.int32).view(outputs // BLOCK, BLOCK, groups)
+    return words.transpose(1, 2).contiguous()
 
-    It may choose another layout on another CPU: a matrix with known content is packed to see.
-    """
-    if outputs % BLOCK or inputs % 2:
-        return False
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(outputs, inputs, generator=generator).to(torch.bfloat16)
-    packed = torch.ops.mkldnn._reorder_linear_weight(matrix, None)
-    if torch.ops.mkldnn._nbytes(packed) != matrix.nbytes:
-        return False
-    address = torch.ops.mkldnn.data_ptr(packed)
-    content = (ctypes.c_int16 * matrix.numel()).from_address(address)
-    blocks = matrix.view(outputs // BLOCK, BLOCK, inputs // 2, 2).transpose(1, 2)
-    expected = blocks.contiguous().view(torch.int16).view(-1)
-    return torch.equal(torch.frombuffer(content, dtype=torch.int16), expected)
+
+def is_packed_at(address: int, blocks: torch.Tensor) -> bool:
+    """Whether the memory there has the same content."""
+    content = (ctypes.c_int32 * blocks.numel()).from_address(address)
+    return torch.equal(torch.frombuffer(content, dtype=torch.int32), blocks.view(-1))

@@ -1,4 +1,4 @@
-"""A batch of one layer, with the kernels of `avx512` on matrices that oneDNN has packed.
+"""A batch of one layer, with the kernels of `avx512` on matrices in blocks.
 
     y[p] = W_down @ (silu(W_gate @ x[p]) * (W_up @ x[p]))
     out[r] = sum of weight[p] * y[p] over the pairs p of row r
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,14 +27,17 @@ from expert_service.kernels.avx512 import (
     Kernels,
     Matrix,
     Pairs,
+    Rows,
     compile_kernels,
-    is_packed_in_blocks,
+    is_packed_at,
+    pack_blocks,
 )
 from expert_service.kernels.crew import Crew
 from expert_service.kernels.grouping import Block, BlockSizes, group_by_expert
-from expert_service.kernels.onednn_formats import PackedExpert
+from expert_service.kernels.huge_pages import use_huge_pages
+from expert_service.kernels.onednn_formats import round_matrix
 from expert_service.kernels.sharing import cost_of, cut, share
-from expertmesh.model import ModelSpec
+from expertmesh.model import ExpertWeights, ModelSpec
 
 #: Rows of an expert that are one piece of work: 8 ms at most for an expert of DeepSeek-V2-Lite, in
 #: which its weights could be read seven times.
@@ -47,23 +50,31 @@ _TAKE_BYTES = 64 << 20
 _WAKE_BYTES = 256 << 10
 #: Threads rather wait for the slowest, as long as reading so many bytes takes, than meet twice.
 _MEET_BYTES = 1 << 20
-#: Rows that are summed by one thread at a time.
+_ZERO = 128  # what a row in bytes has added, to be unsigned
+#: Rows that are summed, or rounded, by one thread at a time.
 _SUM_ROWS = 256
 #: Of a row that is alone, so many experts are grouped in memory that is kept.
 _ROW_PAIRS = 64
 
 
-def create_avx512_experts(spec: ModelSpec, crew: Crew) -> Avx512Experts | None:
-    """For the experts of a model that are packed in bfloat16; None where that is not possible."""
-    hidden = spec.hidden_size
-    widths = {layer.width(slot.expert) for layer in spec.layers for slot in layer.slots()}
-    if not all(
-        is_packed_in_blocks(width, hidden) and is_packed_in_blocks(hidden, width)
-        for width in sorted(widths)
-    ):
+def create_avx512_experts(form: str, spec: ModelSpec, crew: Crew) -> Avx512Experts | None:
+    """For a model's experts in the onednn backend's format of that name; None where there is no
+    way."""
+    weights = {"bfloat16": "bf16", "int8": "int8"}.get(form)
+    sizes = {layer.width(slot.expert) for layer in spec.layers for slot in layer.slots()}
+    if weights is None or any(size % BLOCK for size in (spec.hidden_size, *sizes)):
         return None
-    kernels = compile_kernels()
-    return None if kernels is None else Avx512Experts(kernels, crew)
+    kernels = compile_kernels(weights)
+    return None if kernels is None else Avx512Experts(kernels, crew, in_bytes=weights == "int8")
+
+
+class InBlocks(NamedTuple):
+    """An expert's matrices gate, up and down: where they are, and what keeps them there."""
+
+    width: int  # I
+    matrices: Sequence[int]
+    sides: Sequence[int]  # see `avx512_ir.JOB`; 0 where there is none
+    kept: Any
 
 
 class _Batch(NamedTuple):
@@ -80,55 +91,101 @@ class _Batch(NamedTuple):
 class Avx512Experts:
     """Computes with experts that others hold. Not thread-safe; buffers are reused between calls."""
 
-    def __init__(self, kernels: Kernels, crew: Crew) -> None:
+    def __init__(self, kernels: Kernels, crew: Crew, *, in_bytes: bool) -> None:
         self._kernels = kernels
         self._crew = crew
+        self._in_bytes = in_bytes
+        self._group = 4 if in_bytes else 2
         self._row = _OneRow()
+        self._x = _ByteRows()
         self._y = {dtype: _Buffer(dtype) for dtype in (torch.bfloat16, torch.float32)}
         self._identity = torch.arange(_ROW_PAIRS)
         self._of_thread = threading.local()
 
     def takes(self, rows: int) -> bool:
         """Whether batches of so many rows are computed sooner than oneDNN would."""
-        return self._kernels.most_rows is None or rows <= self._kernels.most_rows
+        most = self._kernels.most_rows
+        return most is None or rows <= most
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether batches of any number of rows are."""
+        return self._kernels.most_rows is None
+
+    def pack(self, weights: ExpertWeights, pause: Callable[[], None]) -> InBlocks:
+        """An expert's matrices, which are not kept; `pause` is called after each."""
+        blocks, sides = [], []
+        for matrix in weights:
+            if self._in_bytes:
+                rounded, scale_N = round_matrix(matrix)
+                sides.append(_side(rounded, scale_N))
+            else:
+                rounded = matrix.detach().to(torch.bfloat16)
+            blocks.append(pack_blocks(rounded))
+            use_huge_pages(blocks[-1].data_ptr(), blocks[-1].nbytes)
+            pause()
+        side_addresses = [side.data_ptr() for side in sides] or [0, 0, 0]
+        addresses = [block.data_ptr() for block in blocks]
+        return InBlocks(len(weights.gate), addresses, side_addresses, (blocks, sides))
+
+    def adopt(
+        self, weights: ExpertWeights, addresses: Sequence[int], kept: object
+    ) -> InBlocks | None:
+        """The same in memory that `kept` keeps, if its content is the same: oneDNN's layout is its
+        own affair, and depends on the CPU and the number of threads."""
+        own = self.pack(weights, lambda: None)
+        blocks, sides = own.kept
+        if not all(map(is_packed_at, addresses, blocks)):
+            return None
+        return own._replace(matrices=addresses, kept=(kept, sides))
 
     def compute(
         self,
-        experts: Mapping[int, PackedExpert],
+        experts: Mapping[int, InBlocks],
         hidden_RH: torch.Tensor,
         expert_ids_RK: torch.Tensor,
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
-        """See `Backend.compute`. `experts` are packed matrices."""
+        """See `Backend.compute`."""
         R, H = hidden_RH.shape
         is_row = R == 1 and expert_ids_RK.shape[1] <= _ROW_PAIRS
-        batch = (self._row.group if is_row else _group)(expert_ids_RK, weights_RK)
+        batch = (self._row.group if is_row else _sort)(expert_ids_RK, weights_RK)
         # A sum is rounded once: to the caller's dtype, so float32 where outputs have another.
         dtype = hidden_RH.dtype
         y_dtype = dtype if dtype == torch.bfloat16 else torch.float32
         y_SH = self._y[y_dtype].take(batch.places, H)
-        x_RH = hidden_RH if dtype == torch.bfloat16 else hidden_RH.to(torch.bfloat16)
+        x_dtype = y_dtype if self._in_bytes else torch.bfloat16
+        x_RH = hidden_RH if dtype == x_dtype else hidden_RH.to(x_dtype)
         if not x_RH.is_contiguous():
             x_RH = x_RH.contiguous()
         if batch.blocks:
-            self._run(experts, Matrix(x_RH.data_ptr(), H), batch, y_SH, y_dtype)
+            self._run(experts, self._encode(x_RH), H, batch, y_SH, y_dtype)
         out_RH = torch.empty(R, H, dtype=y_dtype)
         out = Matrix(out_RH.data_ptr(), H)
-        sums = partial(self._kernels.sum, y_dtype, y_SH, batch.pairs, out, H // BLOCK)
-        starts = range(0, R, _SUM_ROWS)
-        self._share([partial(sums, start, min(start + _SUM_ROWS, R)) for start in starts])
+        self._by_rows(R, partial(self._kernels.sum, y_dtype, y_SH, batch.pairs, out, H // BLOCK))
         return out_RH if y_dtype == dtype else out_RH.to(dtype)
+
+    def _encode(self, x_RH: torch.Tensor) -> Rows:
+        """The batch's rows as they are multiplied."""
+        R, H = x_RH.shape
+        x = Matrix(x_RH.data_ptr(), H)
+        if not self._in_bytes:
+            return Rows(x, 0)
+        rows = self._x.take(R, H)
+        self._by_rows(R, partial(self._kernels.round, x_RH.dtype, x, rows, H // BLOCK))
+        return rows
 
     def _run(
         self,
-        experts: Mapping[int, PackedExpert],
-        x_RH: Matrix,
+        experts: Mapping[int, InBlocks],
+        x_RH: Rows,
+        hidden: int,
         batch: _Batch,
         y_SH: Matrix,
         y_dtype: torch.dtype,
     ) -> None:
         """Every place's expert output."""
-        gate_up, down = _jobs(experts, batch.blocks, x_RH.stride)
+        gate_up, down = self._jobs(experts, batch.blocks, hidden)
         identity = self._take_identity(batch.places)
         whole = partial(self._swiglu, x_RH, batch.pairs.rows, identity, y_SH, y_dtype)
         if self._crew.threads == 1:
@@ -142,15 +199,17 @@ class Avx512Experts:
         if spans is not None:
             self._share([partial(whole, gate_up[span], down[span]) for span in spans])
             return
-        h = self._take_h(batch.places, _width(down))
-        first = partial(self._kernels.gate_up, x_RH, batch.pairs.rows, h)
-        second = partial(self._kernels.down, y_dtype, h, identity, y_SH)
+        h = self._take_h(0, batch.places, self._width(down))
+        first = partial(self._kernels.gate_up, x_RH, batch.pairs.rows, h.wide)
+        second = partial(self._kernels.down, y_dtype, h.rows, identity, y_SH)
         self._share([partial(first, part) for part in cut(gate_up, threads)])
+        for job in down:
+            self._round(h, job)
         self._share([partial(second, part) for part in cut(down, threads)])
 
     def _swiglu(
         self,
-        x_RH: Matrix,
+        x_RH: Rows,
         rows_S: int,
         identity_S: int,
         y_SH: Matrix,
@@ -160,9 +219,39 @@ class Avx512Experts:
     ) -> None:
         """The places of some neighbours, from x to y, on the calling thread."""
         first, stop = down[0].place, down[-1].place + down[-1].rows
-        h = self._take_h(stop - first, _width(down)).before(first)
-        self._kernels.gate_up(x_RH, rows_S, h, gate_up)
-        self._kernels.down(y_dtype, h, identity_S, y_SH, down)
+        h = self._take_h(first, stop - first, self._width(down))
+        self._kernels.gate_up(x_RH, rows_S, h.wide, gate_up)
+        for job in down:
+            self._round(h, job)
+        self._kernels.down(y_dtype, h.rows, identity_S, y_SH, down)
+
+    def _round(self, h: _Intermediate, job: Job) -> None:
+        """The intermediate of a job of `down` in bytes, if weights are so."""
+        if self._in_bytes:
+            blocks, stop = job.groups * self._group // BLOCK, job.place + job.rows
+            self._kernels.round(torch.float32, h.wide, h.rows, blocks, job.place, stop)
+
+    def _jobs(
+        self, experts: Mapping[int, InBlocks], blocks: Sequence[Block], hidden: int
+    ) -> tuple[list[Job], list[Job]]:
+        """For both halves of an expert's work, a job for each of its blocks of rows."""
+        gate_up, down = [], []
+        inputs, outputs = hidden // self._group, hidden // BLOCK
+        for expert, start, stop in blocks:
+            rows = stop - start
+            width, (gate, up, out), (first, second, third), _ = experts[expert]
+            gate_up.append(Job(start, rows, gate, up, 0, width // BLOCK, inputs, first, second))
+            down.append(Job(start, rows, out, 0, 0, outputs, width // self._group, third, 0))
+        return gate_up, down
+
+    def _width(self, down: Sequence[Job]) -> int:
+        """The widest intermediate of some jobs."""
+        return self._group * max(job.groups for job in down)
+
+    def _by_rows(self, rows: int, task: Callable[[int, int], None]) -> None:
+        """A task for all rows, from the first to before the last given."""
+        starts = range(0, rows, _SUM_ROWS)
+        self._share([partial(task, start, min(start + _SUM_ROWS, rows)) for start in starts])
 
     def _share(self, tasks: Sequence[Callable[[], None]]) -> None:
         if len(tasks) == 1:
@@ -176,12 +265,30 @@ class Avx512Experts:
             self._identity = torch.arange(places)
         return self._identity.data_ptr()
 
-    def _take_h(self, places: int, width: int) -> Matrix:
-        """One for each thread."""
-        buffer: _Buffer | None = getattr(self._of_thread, "h", None)
-        if buffer is None:
-            buffer = self._of_thread.h = _Buffer(torch.bfloat16)
-        return buffer.take(places, width)
+    def _take_h(self, first: int, places: int, width: int) -> _Intermediate:
+        """For the places from `first` on; one for each thread."""
+        buffers: tuple[_Buffer, _ByteRows] | None = getattr(self._of_thread, "h", None)
+        if buffers is None:
+            dtype = torch.float32 if self._in_bytes else torch.bfloat16
+            buffers = self._of_thread.h = _Buffer(dtype), _ByteRows()
+        wide, in_bytes = buffers
+        values = wide.take(places, width, first)
+        rows = in_bytes.take(places, width, first) if self._in_bytes else Rows(values, 0)
+        return _Intermediate(values, rows)
+
+
+def _side(rounded: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+    """What a matrix of bytes has beside its blocks: see `avx512_ir.JOB`."""
+    excess_N = _ZERO * rounded.sum(dim=1, dtype=torch.int32)
+    both = scale_N.view(torch.int32).view(-1, BLOCK), excess_N.view(-1, BLOCK)
+    return torch.stack(both, dim=1)
+
+
+class _Intermediate(NamedTuple):
+    """h of some places, as `gate_up` writes and as `down` reads it."""
+
+    wide: Matrix
+    rows: Rows
 
 
 class _Buffer:
@@ -191,16 +298,29 @@ class _Buffer:
         self._values = torch.empty(0, dtype=dtype)
         self._size = self._address = 0
 
-    def take(self, rows: int, width: int) -> Matrix:
-        """[rows, width], with any content; valid until the next `take`."""
+    def take(self, rows: int, width: int, first: int = 0) -> Matrix:
+        """[rows, width], with any content, counted from `first`; valid until the next `take`."""
         if rows * width > self._size:
             self._size = rows * width
             self._values = self._values.new_empty(self._size)
             self._address = self._values.data_ptr()
-        return Matrix(self._address, width)
+        return Matrix(self._address - first * width * self._values.itemsize, width)
 
 
-def _group(expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> _Batch:
+class _ByteRows:
+    """Rows in bytes, and their scales."""
+
+    def __init__(self) -> None:
+        self._values, self._scales = _Buffer(torch.uint8), _Buffer(torch.float32)
+
+    def take(self, rows: int, width: int, first: int = 0) -> Rows:
+        """See `_Buffer.take`."""
+        return Rows(
+            self._values.take(rows, width, first), self._scales.take(rows, 1, first).address
+        )
+
+
+def _sort(expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor) -> _Batch:
     grouping = group_by_expert(expert_ids_RK, weights_RK, _SIZES)
     return _Batch(grouping.blocks, Pairs.of(*grouping[1:]))
 
@@ -221,22 +341,3 @@ class _OneRow:
         self._weights[: len(kept)] = [weight for _, weight in kept]
         self._offsets[1] = len(kept)
         return _Batch([Block(e, at, at + 1) for at, (e, _) in enumerate(kept)], self._pairs)
-
-
-def _jobs(
-    experts: Mapping[int, PackedExpert], blocks: Sequence[Block], hidden: int
-) -> tuple[list[Job], list[Job]]:
-    """For both halves of an expert's work, a job for each of its blocks of rows."""
-    gate_up, down = [], []
-    for expert, start, stop in blocks:
-        rows = stop - start
-        width = experts[expert].width
-        gate, up, out = experts[expert].addresses
-        gate_up.append(Job(start, rows, gate, up, 0, width // BLOCK, hidden // 2))
-        down.append(Job(start, rows, out, 0, 0, hidden // BLOCK, width // 2))
-    return gate_up, down
-
-
-def _width(down: Sequence[Job]) -> int:
-    """The widest intermediate of some jobs."""
-    return 2 * max(job.pairs for job in down)

@@ -1,9 +1,10 @@
-"""Generates LLVM code for AVX-512: products with bfloat16 matrices that oneDNN has packed.
+"""Generates LLVM code for AVX-512: products with matrices in blocks.
 
-A packed bfloat16 matrix [N, K] is cut into blocks of 64 outputs. A block has, pair after pair of
-inputs, the pairs of its outputs: [N / 64, K / 2, 64, 2]. For one row, 64 sums are four vectors of
-16 float32. The sums of six rows stay in registers while a block is read from start to end, which
-is the order of its addresses: the CPU's prefetchers need no help. More rows find it in L2.
+A matrix [N, K] is cut into blocks of 64 outputs. A block has, group after group of inputs,
+the groups of its outputs: [N / 64, K / 2, 64, 2] of bfloat16, or [N / 64, K / 4, 64, 4] of signed
+bytes. A group has 32 bits; of one row, 64 sums are four vectors of 16. The sums of six rows stay in
+registers while a block is read from start to end, which is the order of its addresses: the CPU's
+prefetchers need no help. More rows find it in L2.
 
 All functions take whole jobs (`JOB`); addresses and numbers are i64.
 """
@@ -13,19 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from llvmlite import ir
 
 #: Outputs of one block, and vectors of sums that they make.
 BLOCK, _VECTORS = 64, 4
 _LANES = BLOCK // _VECTORS
-#: Rows whose sums fit into AVX-512's 32 registers, beside the weights of one pair of inputs.
+#: Rows whose sums fit into AVX-512's 32 registers, beside the weights of one group of inputs.
 ROWS_IN_REGISTERS = 6
 #: Rows whose sums are kept at a time, in L1; the block that they share comes from L2 meanwhile.
 _PANEL = 4 * ROWS_IN_REGISTERS
 #: The fields of a job: `rows` rows, at `place` and the places after it, times the blocks
-#: `first .. stop - 1` of one or two matrices, whose rows have `pairs` pairs of inputs.
-JOB = ("place", "rows", "matrix", "second", "first", "stop", "pairs")
+#: `first .. stop - 1` of one or two matrices, whose rows have `groups` groups of inputs. At `side`,
+#: a matrix of bytes has a float32 scale for each output and an int32 by which its sums are too big
+#: because rows are unsigned: [N / 64, 2, 64].
+JOB = ("place", "rows", "matrix", "second", "first", "stop", "groups", "side", "second_side")
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -41,61 +45,88 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-_I32, _I64, _F32, _BF16 = ir.IntType(32), ir.IntType(64), ir.FloatType(), _BFloat()
+_I8, _I32, _I64, _F32, _BF16 = (
+    ir.IntType(8),
+    ir.IntType(32),
+    ir.IntType(64),
+    ir.FloatType(),
+    _BFloat(),
+)
 _PTR = ir.PointerType()
 _SUMS = ir.VectorType(_F32, _LANES)
 _BITS = ir.VectorType(_I32, _LANES)
 _PAIRS = ir.VectorType(_BF16, 2 * _LANES)
 
 
-#: The sums of one row, a pair of its inputs and the weights of it: the sums with their product.
+#: The sums of one row, a group of its inputs and the weights of it: the sums with their product.
 _Dot = Callable[[ir.IRBuilder, Sequence[ir.Value], ir.Value, Sequence[ir.Value]], list[ir.Value]]
 
 
-def generate(*, has_dot: bool) -> str:
-    """The module's text. Each function takes x, which rows of it, and where the results belong:
+class _Kind(NamedTuple):
+    """What differs between formats of weights."""
 
-        gate_up(jobs, count, x, stride, rows, h, h_stride)
+    dot: _Dot
+    values: ir.Type  # of rows of x and h as they are multiplied
+    sums: ir.Type  # of vectors of sums
+    wide: ir.Type  # of h as `gate_up` writes it
+
+
+def generate(weights: str, *, has_dot: bool) -> str:
+    """The module's text for weights that are "bf16" or "int8".
+
+        gate_up(jobs, count, x, stride, rows, scales, h, h_stride)
             h[place] = silu(matrix @ x[rows[place]]) * (second @ x[rows[place]])
-        down_bf16, down_f32(jobs, count, h, stride, rows, y, y_stride)
+        down_DTYPE(jobs, count, h, stride, rows, scales, y, y_stride)
             y[place] = matrix @ h[rows[place]]
-        sum_bf16, sum_f32(first, stop, y, stride, places, weights, offsets, out, blocks)
+        sum_DTYPE(first, stop, y, stride, places, weights, offsets, out, blocks)
             out[r] = sum of weights[p] * y[places[p]] over offsets[r] <= p < offsets[r + 1]
+        round_DTYPE(first, stop, x, stride, blocks, out, out_stride, scales)
+            scales[r] = max(|x[r]|, 2^-119) / 127; out[r] = round(x[r] / scales[r]) + 128
 
-    x and h are bfloat16; y and out what the name says; indices int64, weights and all sums float32;
-    strides are between rows, in elements. `has_dot`: the CPU has AVX-512 BF16, which multiplies
-    pairs; else they are widened first.
+    DTYPE is of y, out and x: bf16 or f32. For bf16 weights x and h are bfloat16, without scales.
+    For int8, which need AVX-512 VNNI, x, and h as `down` reads it, are what `round` gives, and h as
+    `gate_up` writes it is float32. Indices are int64, weights, scales and sums float32, sums of
+    bytes int32; strides are between rows, in elements.
+
+    `has_dot`: the CPU has AVX-512 BF16, which multiplies pairs of bfloat16; else they are widened.
     """
     module = ir.Module("experts")
-    dot = _dot_pairs if has_dot else _dot_widened
-    kernels = [_define_product(module, rows, dot) for rows in range(1, ROWS_IN_REGISTERS + 1)]
+    if weights == "int8":
+        kind = _Kind(_dot_bytes, _I8, _BITS, _F32)
+    else:
+        kind = _Kind(_dot_pairs if has_dot else _dot_widened, _BF16, _SUMS, _BF16)
+    kernels = [_define_product(module, rows, kind) for rows in range(1, ROWS_IN_REGISTERS + 1)]
     product = _define_product_of_any(module, kernels)
-    _define_gate_up(module, product)
-    _define_down(module, product, "down_bf16", _BF16)
-    _define_down(module, product, "down_f32", _F32)
-    _define_sum(module, "sum_bf16", _BF16)
-    _define_sum(module, "sum_f32", _F32)
+    _define_gate_up(module, product, kind)
+    for name, dtype in _DTYPES.items():
+        _define_down(module, product, kind, f"down_{name}", dtype)
+        _define_sum(module, f"sum_{name}", dtype)
+        _define_round(module, f"round_{name}", dtype)
     return str(module)
 
 
-def _define_product(module: ir.Module, rows: int, dot: _Dot) -> ir.Function:
-    """sums[r] = block @ x[row[r]], for `rows` rows: float32 [rows, 64]."""
+_DTYPES = {"bf16": _BF16, "f32": _F32}
+
+
+def _define_product(module: ir.Module, rows: int, kind: _Kind) -> ir.Function:
+    """sums[r] = block @ x[row[r]], for `rows` rows: [rows, 64]."""
     function = _declare(module, f"product_{rows}", _PTR, _I64, _PTR, _PTR, _I64, _PTR)
-    x, stride, row, block, pairs, sums = function.args
+    function.attributes.add("noinline")  # one loop for all callers: caches are full of weights
+    x, stride, row, block, groups, sums = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     starts = [
-        _at(builder, x, builder.mul(_load(builder, row, _I64, r), stride), _BF16)
+        _at(builder, x, builder.mul(_load(builder, row, _I64, r), stride), kind.values)
         for r in range(rows)
     ]
-    zeros = [ir.Constant(_SUMS, None)] * (rows * _VECTORS)
-    with _loop(builder, pairs, zeros) as (pair, before, after):
-        weights_at = _at(builder, block, builder.mul(pair, _i64(BLOCK)), _I32)
+    zeros = [ir.Constant(kind.sums, None)] * (rows * _VECTORS)
+    with _loop(builder, groups, zeros) as (group, before, after):
+        weights_at = _at(builder, block, builder.mul(group, _i64(BLOCK)), _I32)
         weights = [_load(builder, weights_at, _BITS, vector, 4) for vector in range(_VECTORS)]
         for r, start in enumerate(starts):
-            value = _load(builder, start, _I32, pair, 2)
-            after += dot(builder, before[r * _VECTORS : (r + 1) * _VECTORS], value, weights)
+            value = _load(builder, start, _I32, group, 1)
+            after += kind.dot(builder, before[r * _VECTORS : (r + 1) * _VECTORS], value, weights)
     for at, total in enumerate(before):
-        builder.store(total, _at(builder, sums, _i64(at), _SUMS), align=64)
+        builder.store(total, _at(builder, sums, _i64(at), kind.sums), align=64)
     builder.ret_void()
     return function
 
@@ -135,10 +166,24 @@ def _dot_widened(
     return results
 
 
+def _dot_bytes(
+    builder: ir.IRBuilder, sums: Sequence[ir.Value], group: ir.Value, weights: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """sums + group . weights, of unsigned with signed bytes, with AVX-512 VNNI."""
+    instruction = _intrinsic(
+        builder.module, "llvm.x86.avx512.vpdpbusd.512", _BITS, _BITS, _BITS, _BITS
+    )
+    values = _splat(builder, group, _BITS)
+    return [
+        builder.call(instruction, [total, values, weight])
+        for total, weight in zip(sums, weights, strict=True)
+    ]
+
+
 def _define_product_of_any(module: ir.Module, kernels: Sequence[ir.Function]) -> ir.Function:
     """sums[r] = block @ x[row[r]], for any number of rows: as many at a time as registers hold."""
     function = _declare(module, "product", _PTR, _I64, _PTR, _I64, _PTR, _I64, _PTR)
-    x, stride, row, count, block, pairs, sums = function.args
+    x, stride, row, count, block, groups, sums = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     with _loop(builder, count, step=len(kernels)) as (done, _, _):
         row_at = _at(builder, row, done, _I64)
@@ -149,45 +194,85 @@ def _define_product_of_any(module: ir.Module, kernels: Sequence[ir.Function]) ->
             case = function.append_basic_block()
             choice.add_case(_i64(rows), case)
             builder.position_at_end(case)
-            builder.call(kernel, [x, stride, row_at, block, pairs, sums_at])
+            builder.call(kernel, [x, stride, row_at, block, groups, sums_at])
             builder.branch(joined)
         builder.position_at_end(joined)
     builder.ret_void()
     return function
 
 
-def _define_gate_up(module: ir.Module, product: ir.Function) -> None:
-    function = _declare(module, "gate_up", _PTR, _I64, _PTR, _I64, _PTR, _PTR, _I64)
-    jobs, count, x, stride, rows_at, h, h_stride = function.args
+def _define_gate_up(module: ir.Module, product: ir.Function, kind: _Kind) -> None:
+    function = _declare(module, "gate_up", *(_PTR, _I64, _PTR, _I64), *(_PTR, _PTR, _PTR, _I64))
+    jobs, count, x, stride, rows_at, scales, h, h_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     gates, ups = (_allocate_sums(builder) for _ in range(2))
     with _panels(builder, jobs, count) as (job, block, place, rows):
         row = _at(builder, rows_at, place, _I64)
         for matrix, sums in (("matrix", gates), ("second", ups)):
-            address = _block_of(builder, job[matrix], block, job["pairs"])
-            builder.call(product, [x, stride, row, rows, address, job["pairs"], sums])
+            address = _block_of(builder, job[matrix], block, job["groups"])
+            builder.call(product, [x, stride, row, rows, address, job["groups"], sums])
         with _loop(builder, rows) as (r, _, _):
-            out = _outputs_at(builder, h, h_stride, builder.add(place, r), block, _BF16)
+            out = _outputs_at(builder, h, h_stride, builder.add(place, r), block, kind.wide)
+            scale = _row_scale(builder, kind, scales, row, r)
             for vector in range(_VECTORS):
-                gate, up = (_load_sums(builder, sums, r, vector) for sums in (gates, ups))
-                _store(builder, builder.fmul(_silu(builder, gate), up), out, vector, _BF16)
+                gate, up = (
+                    _meant(builder, kind, sums, r, vector, job[side], block, scale)
+                    for sums, side in ((gates, "side"), (ups, "second_side"))
+                )
+                _store(builder, builder.fmul(_silu(builder, gate), up), out, vector, kind.wide)
     builder.ret_void()
 
 
-def _define_down(module: ir.Module, product: ir.Function, name: str, dtype: ir.Type) -> None:
-    function = _declare(module, name, _PTR, _I64, _PTR, _I64, _PTR, _PTR, _I64)
-    jobs, count, h, stride, rows_at, y, y_stride = function.args
+def _define_down(
+    module: ir.Module, product: ir.Function, kind: _Kind, name: str, dtype: ir.Type
+) -> None:
+    function = _declare(module, name, *(_PTR, _I64, _PTR, _I64), *(_PTR, _PTR, _PTR, _I64))
+    jobs, count, h, stride, rows_at, scales, y, y_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     sums = _allocate_sums(builder)
     with _panels(builder, jobs, count) as (job, block, place, rows):
         row = _at(builder, rows_at, place, _I64)
-        address = _block_of(builder, job["matrix"], block, job["pairs"])
-        builder.call(product, [h, stride, row, rows, address, job["pairs"], sums])
+        address = _block_of(builder, job["matrix"], block, job["groups"])
+        builder.call(product, [h, stride, row, rows, address, job["groups"], sums])
         with _loop(builder, rows) as (r, _, _):
             out = _outputs_at(builder, y, y_stride, builder.add(place, r), block, dtype)
+            scale = _row_scale(builder, kind, scales, row, r)
             for vector in range(_VECTORS):
-                _store(builder, _load_sums(builder, sums, r, vector), out, vector, dtype)
+                value = _meant(builder, kind, sums, r, vector, job["side"], block, scale)
+                _store(builder, value, out, vector, dtype)
     builder.ret_void()
+
+
+def _row_scale(
+    builder: ir.IRBuilder, kind: _Kind, scales: ir.Value, row: ir.Value, r: ir.Value
+) -> ir.Value | None:
+    """The scale of the row `row[r]`, in every lane; None where rows have none."""
+    if kind.sums != _BITS:
+        return None
+    index = _load(builder, row, _I64, r)
+    return _splat(builder, _load(builder, scales, _F32, index, 4), _SUMS)
+
+
+def _meant(
+    builder: ir.IRBuilder,
+    kind: _Kind,
+    sums: ir.Value,
+    row: ir.Value,
+    vector: int,
+    side: ir.Value,
+    block: ir.Value,
+    scale: ir.Value | None,
+) -> ir.Value:
+    """What the sums of a row mean, in float32."""
+    at = builder.add(builder.mul(row, _i64(_VECTORS)), _i64(vector))
+    total = _load(builder, sums, kind.sums, at, 64)
+    if scale is None:
+        return total
+    of_block = _at(builder, builder.inttoptr(side, _PTR), builder.mul(block, _i64(2 * BLOCK)), _I32)
+    each = _load(builder, of_block, _SUMS, vector, 4)
+    excess = _load(builder, of_block, _BITS, _VECTORS + vector, 4)
+    exact = builder.sitofp(builder.sub(total, excess), _SUMS)
+    return builder.fmul(exact, builder.fmul(each, scale))
 
 
 def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
@@ -212,6 +297,42 @@ def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
     builder.ret_void()
 
 
+def _define_round(module: ir.Module, name: str, dtype: ir.Type) -> None:
+    function = _declare(module, name, *(_I64, _I64, _PTR, _I64), *(_I64, _PTR, _I64, _PTR))
+    first, stop, x, stride, blocks, out, out_stride, scales = function.args
+    builder = ir.IRBuilder(function.append_basic_block())
+    # Unlike maxnum, maximum gives NaN where there is one.
+    maximum = _intrinsic(module, "llvm.maximum.v16f32", _SUMS, _SUMS, _SUMS)
+    largest_of = _intrinsic(module, "llvm.vector.reduce.fmaximum.v16f32", _F32, _SUMS)
+    absolute = _intrinsic(module, "llvm.fabs.v16f32", _SUMS, _SUMS)
+    fma = _intrinsic(module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
+    with _loop(builder, stop, start=first) as (row, _, _):
+        zeros = [ir.Constant(_SUMS, None)] * _VECTORS
+        with _loop(builder, blocks, zeros) as (block, before, after):
+            at = _outputs_at(builder, x, stride, row, block, dtype)
+            for vector, largest in enumerate(before):
+                size = builder.call(absolute, [_load_vector(builder, at, vector, dtype)])
+                after.append(builder.call(maximum, [largest, size]))
+        one, two, three, four = before
+        halves = builder.call(maximum, [one, two]), builder.call(maximum, [three, four])
+        largest = builder.call(largest_of, [builder.call(maximum, halves)])
+        # A row of zeros stays one, whatever it is divided by; NaN stays, too.
+        tiny = _constant(_F32, _SMALLEST_ROW)
+        largest = builder.select(builder.fcmp_ordered("<", largest, tiny), tiny, largest)
+        scale = builder.fdiv(largest, _constant(_F32, _LARGEST_BYTE))
+        builder.store(scale, _at(builder, scales, row, _F32), align=4)
+        factor = _splat(builder, builder.fdiv(_constant(_F32, _LARGEST_BYTE), largest), _SUMS)
+        with _loop(builder, blocks) as (block, _, _):
+            at = _outputs_at(builder, x, stride, row, block, dtype)
+            out_at = _outputs_at(builder, out, out_stride, row, block, _I8)
+            for vector in range(_VECTORS):
+                value = _load_vector(builder, at, vector, dtype)
+                shifted = builder.call(fma, [value, factor, _constant(_SUMS, _ZERO_BYTE + 0.5)])
+                bits = builder.fptoui(shifted, _BITS)
+                _store(builder, bits, out_at, vector, _I8)
+    builder.ret_void()
+
+
 # What the functions above are made of.
 
 
@@ -233,10 +354,10 @@ def _panels(
 
 
 def _block_of(
-    builder: ir.IRBuilder, matrix: ir.Value, block: ir.Value, pairs: ir.Value
+    builder: ir.IRBuilder, matrix: ir.Value, block: ir.Value, groups: ir.Value
 ) -> ir.Value:
     """The address of a block of a matrix."""
-    start = builder.mul(builder.mul(block, pairs), _i64(BLOCK))
+    start = builder.mul(builder.mul(block, groups), _i64(BLOCK))
     return _at(builder, builder.inttoptr(matrix, _PTR), start, _I32)
 
 
@@ -256,9 +377,11 @@ def _outputs_at(
 def _store(
     builder: ir.IRBuilder, value: ir.Value, base: ir.Value, vector: int, dtype: ir.Type
 ) -> None:
-    if dtype != _F32:
+    if dtype == _BF16:
         value = builder.fptrunc(value, ir.VectorType(dtype, _LANES))
-    builder.store(value, _at(builder, base, _i64(vector * _LANES), dtype), align=2)
+    elif dtype == _I8:
+        value = builder.trunc(value, ir.VectorType(dtype, _LANES))
+    builder.store(value, _at(builder, base, _i64(vector * _LANES), dtype), align=1)
 
 
 def _load_vector(builder: ir.IRBuilder, base: ir.Value, vector: int, dtype: ir.Type) -> ir.Value:
@@ -268,15 +391,10 @@ def _load_vector(builder: ir.IRBuilder, base: ir.Value, vector: int, dtype: ir.T
 
 
 def _allocate_sums(builder: ir.IRBuilder) -> ir.Value:
-    """float32 [_PANEL, 64] on the stack."""
+    """[_PANEL, 64] on the stack."""
     sums = builder.alloca(_SUMS, _PANEL * _VECTORS)
     sums.align = 64
     return sums
-
-
-def _load_sums(builder: ir.IRBuilder, sums: ir.Value, row: ir.Value, vector: int) -> ir.Value:
-    at = builder.add(builder.mul(row, _i64(_VECTORS)), _i64(vector))
-    return _load(builder, sums, _SUMS, at, 64)
 
 
 def _silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -285,6 +403,9 @@ def _silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fdiv(x, builder.fadd(one, _exp(builder, builder.fneg(x))))
 
 
+_LARGEST_BYTE, _ZERO_BYTE = 127.0, 128.0
+#: 127 divided by it is a float32.
+_SMALLEST_ROW = 2.0**-119
 #: exp(r) for |r| <= ln(2) / 2, by Taylor: the first term left out is below 1.2e-7, an ulp.
 _EXP = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0]
 _LOG2_E = 1.4426950408889634

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from expert_service.kernels.avx512_experts import Avx512Experts, create_avx512_experts
+from expert_service.kernels.avx512_experts import InBlocks, create_avx512_experts
 from expert_service.kernels.crew import Crew, divide
 from expert_service.kernels.grouping import (
     BlockSizes,
@@ -26,8 +26,8 @@ from expert_service.kernels.grouping import (
     group_by_expert,
     sum_by_row,
 )
-from expert_service.kernels.onednn_cpu import has_tiles
-from expert_service.kernels.onednn_formats import PackedFormat, Rows, Work, create_format
+from expert_service.kernels.onednn_cpu import fall_back, has_tiles
+from expert_service.kernels.onednn_formats import Rows, Work, create_format
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, ModelSpec, Slot
 
 #: Numbers of rows that matrix products run on; others are padded to the next one.
@@ -65,7 +65,8 @@ def block_rows(rows: int, smallest: int = 1) -> int:
 class Prepared(NamedTuple):
     """One expert, packed by `OneDnnBackend.prepare` for its `load`."""
 
-    packed: Any  # what the format's `pack` returned
+    packed: Any  # what the format's `pack` returned; None if oneDNN is not to compute it
+    blocks: InBlocks | None  # for our own kernels
     size: int  # bytes before packing
 
 
@@ -87,10 +88,9 @@ class OneDnnBackend:
         self._format = create_format(dtype, weights)
         self.name = "onednn/cpu" if self._format.name != "int8" else "onednn-int8/cpu"
         self._experts: dict[int, dict[int, Any]] = {}
+        self._blocks: dict[int, dict[int, InBlocks]] = {}
         self._bytes = self._loads = 0  # of everything loaded, before packing; how many experts
-        self._own: Avx512Experts | None = None
-        if isinstance(self._format, PackedFormat) and self._format.dtype == torch.bfloat16:
-            self._own = create_avx512_experts(spec, self._crew)
+        self._own = create_avx512_experts(self._format.name, spec, self._crew)
         self._x = _RowBuffer(spec.hidden_size)
         self._y = _RowBuffer(spec.hidden_size)
         # Without AMX, oneDNN's kernels for 1 and 2 rows read weights 10 to 25 % slower than
@@ -105,24 +105,36 @@ class OneDnnBackend:
         """Packs one expert's matrices; nothing of `weights` is kept. See Backend."""
         assert isinstance(weights, ExpertWeights)  # as `takes_fp8` says
         size = sum(matrix.nbytes for matrix in weights)
-        return Prepared(self._format.pack(weights, pause), size)
+        own = self._own
+        if own is not None and own.takes_all:
+            return Prepared(None, own.pack(weights, pause), size)
+        packed = self._format.pack(weights, pause)
+        if own is None:
+            return Prepared(packed, None, size)
+        return Prepared(packed, own.adopt(weights, self._format.addresses(packed), packed), size)
 
     def load(self, slot: Slot, weights: ExpertWeights | Fp8ExpertWeights | Prepared) -> None:
         """Keeps what is prepared, and prepares the rest; nothing of the weights is kept."""
         self._use_threads()
         prepared = weights if isinstance(weights, Prepared) else self.prepare(weights)
         self._experts.setdefault(slot.layer, {})[slot.expert] = prepared.packed
+        if prepared.blocks is not None:
+            self._blocks.setdefault(slot.layer, {})[slot.expert] = prepared.blocks
+        elif self._own is not None:
+            fall_back("oneDNN packs in another layout: products are its own, slower for few rows")
+            self._own = None
         self._bytes += prepared.size
         self._loads += 1
 
     def drop(self, slot: Slot) -> object:
         """Forgets one expert, and returns it. Raises KeyError when it is not held."""
-        return self._experts[slot.layer].pop(slot.expert)
+        packed = self._experts[slot.layer].pop(slot.expert)
+        return packed, self._blocks.get(slot.layer, {}).pop(slot.expert, None)
 
     @torch.no_grad()
     def finish_loading(self) -> None:
         """Builds oneDNN's primitives of small blocks, once for each shape of expert."""
-        if self._own is not None and self._own.takes(_MAX_BLOCK):
+        if self._own is not None and self._own.takes_all:
             return
         self._use_threads()
         shapes = {
@@ -149,10 +161,10 @@ class OneDnnBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See `Backend.compute`."""
-        experts = self._experts.get(layer, {})
         if self._own is not None and self._own.takes(len(hidden_RH)):
-            return self._own.compute(experts, hidden_RH, expert_ids_RK, weights_RK)
-        return self._compute(experts, hidden_RH, expert_ids_RK, weights_RK)
+            blocks = self._blocks.get(layer, {})
+            return self._own.compute(blocks, hidden_RH, expert_ids_RK, weights_RK)
+        return self._compute(self._experts.get(layer, {}), hidden_RH, expert_ids_RK, weights_RK)
 
     @torch.no_grad()
     def _compute(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -58,6 +59,10 @@ class Format(Protocol):
         """I of a packed expert."""
         ...
 
+    def addresses(self, packed: Any) -> list[int]:
+        """Where its matrices gate, up and down are; none if they are not packed by oneDNN."""
+        ...
+
     def output_dtype(self, caller: torch.dtype) -> torch.dtype:
         """Of outputs that are to be added up and returned in the caller's dtype."""
         ...
@@ -86,8 +91,11 @@ class _FloatFormat(ABC):
         self.dtype = dtype
         self.name = str(dtype).removeprefix("torch.")
 
-    def width(self, packed: Any) -> int:
+    def width(self, packed: ExpertWeights) -> int:
         return int(packed.gate.shape[0])
+
+    def addresses(self, packed: Any) -> list[int]:
+        return []
 
     def output_dtype(self, caller: torch.dtype) -> torch.dtype:
         """A sum is rounded once: to the caller's dtype, so float32 where outputs have another."""
@@ -103,33 +111,24 @@ class _FloatFormat(ABC):
         return Outputs(values, None)
 
     @abstractmethod
-    def _swiglu(self, x_MH: torch.Tensor, packed: Any) -> torch.Tensor:
+    def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
         """y of the formula above for one expert's rows, [M, H]."""
-
-
-class PackedExpert(NamedTuple):
-    """An expert's packed matrices, and where they are."""
-
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    addresses: tuple[int, int, int]
-    width: int
 
 
 class PackedFormat(_FloatFormat):
     """oneDNN's packed matrices; the SiLU and the product are fused into the first two products."""
 
-    def pack(self, weights: ExpertWeights, pause: Pause) -> PackedExpert:
-        gate, up, down = _each(weights, self._pack, pause)
-        at = torch.ops.mkldnn.data_ptr
-        return PackedExpert(gate, up, down, (at(gate), at(up), at(down)), len(weights.gate))
+    def pack(self, weights: ExpertWeights, pause: Pause) -> ExpertWeights:
+        return ExpertWeights(*_each(weights, self._pack, pause))
+
+    def addresses(self, packed: ExpertWeights) -> list[int]:
+        return [torch.ops.mkldnn.data_ptr(matrix) for matrix in packed]
 
     def _pack(self, matrix: torch.Tensor) -> torch.Tensor:
         dense = matrix.detach().to(self.dtype).contiguous()
         return _in_huge_pages(torch.ops.mkldnn._reorder_linear_weight(dense, None))
 
-    def _swiglu(self, x_MH: torch.Tensor, packed: Any) -> torch.Tensor:
+    def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
         linear = torch.ops.mkldnn._linear_pointwise
         gate_MI = linear.default(x_MH, packed.gate, None, "swish", [], "")
         h_MI = linear.binary(x_MH, gate_MI, packed.up, None, "mul")
@@ -146,7 +145,7 @@ class PlainFormat(_FloatFormat):
     def _convert(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.detach().to(self.dtype).contiguous()
 
-    def _swiglu(self, x_MH: torch.Tensor, packed: Any) -> torch.Tensor:
+    def _swiglu(self, x_MH: torch.Tensor, packed: ExpertWeights) -> torch.Tensor:
         linear = torch.nn.functional.linear
         h_MI = torch.nn.functional.silu(linear(x_MH, packed.gate)).mul_(linear(x_MH, packed.up))
         return linear(h_MI, packed.down)
@@ -161,7 +160,7 @@ class Int8Matrix(NamedTuple):
 
 
 class Int8Expert(NamedTuple):
-    """An expert's three matrices."""
+    """An expert's packed matrices."""
 
     gate: Int8Matrix
     up: Int8Matrix
@@ -186,6 +185,9 @@ class Int8Format:
     def pack(self, weights: ExpertWeights, pause: Pause) -> Int8Expert:
         return Int8Expert(*_each(weights, _pack_int8, pause))
 
+    def addresses(self, packed: Int8Expert) -> list[int]:
+        return [torch.ops.mkldnn.data_ptr(matrix.values) for matrix in packed]
+
     def width(self, packed: Int8Expert) -> int:
         return len(packed.gate.scale)
 
@@ -197,16 +199,32 @@ class Int8Format:
         return _round_rows(x_RH.float(), in_place=False)
 
     def compute(self, rows: Rows, works: Sequence[Work], dtype: torch.dtype) -> Outputs:
+        # Element by element for many experts at once: for few rows a call costs more than its work.
+        # A shared expert may be wider than the routed ones.
+        runs = [
+            self._compute(rows, list(run), dtype)
+            for _, run in groupby(works, key=lambda work: self.width(work.packed))
+        ]
+        values = [block for blocks, _ in runs for block in blocks]
+        return Outputs(values, _join([scale for _, scale in runs]))
+
+    def _compute(
+        self, rows: Rows, works: Sequence[Work], dtype: torch.dtype
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Neighbouring works, of experts of one width: blocks of values, and the places' scale."""
         x_CH, scale_C1 = rows
         assert scale_C1 is not None
-        # Element by element for all experts at once: for few rows a call costs more than its work.
+        first, last = works[0].start, works[-1].stop
+        scale_C1 = scale_C1[first:last]
         gate_CI = _join([_multiply(x_CH[i:j], expert.gate) for expert, i, j in works])
         up_CI = _join([_multiply(x_CH[i:j], expert.up) for expert, i, j in works])
         h_CI = torch.nn.functional.silu(gate_CI.mul_(scale_C1), inplace=True).mul_(up_CI)
         h_CI, h_scale_C1 = _round_rows(h_CI, in_place=True)
         assert h_scale_C1 is not None
-        values = [_multiply(h_CI[i:j], expert.down, dtype) for expert, i, j in works]
-        return Outputs(values, h_scale_C1.mul_(scale_C1).reshape(-1))  # `up` was not scaled yet
+        values = [
+            _multiply(h_CI[i - first : j - first], expert.down, dtype) for expert, i, j in works
+        ]
+        return values, h_scale_C1.mul_(scale_C1).reshape(-1)  # `up` was not scaled yet
 
 
 def _each(weights: ExpertWeights, pack: Callable[[torch.Tensor], _P], pause: Pause) -> list[_P]:
@@ -243,13 +261,18 @@ def _round_rows(x_RH: torch.Tensor, *, in_place: bool) -> Rows:
     return Rows(shifted_RH.add_(_ZERO + 0.5).to(torch.uint8), largest_R1.div_(_LARGEST))
 
 
-def _pack_int8(matrix: torch.Tensor) -> Int8Matrix:
+def round_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix [N, K] in int8, and the scales of its rows, float32 [N]."""
     dense = matrix.detach().float()
     scale_N1 = dense.abs().amax(dim=1, keepdim=True) / _LARGEST
     # A row of zeros stays one, whatever it is divided by.
     rounded = (dense / scale_N1.clamp(min=torch.finfo(torch.float32).tiny)).round_()
-    packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
-    scale_N = scale_N1.reshape(-1)
+    return rounded.to(torch.int8), scale_N1.reshape(-1)
+
+
+def _pack_int8(matrix: torch.Tensor) -> Int8Matrix:
+    rounded, scale_N = round_matrix(matrix)
+    packed = torch.ops.onednn.qlinear_prepack(rounded, None)
     return Int8Matrix(_in_huge_pages(packed), scale_N, torch.zeros(len(scale_N), dtype=torch.int64))
 
 

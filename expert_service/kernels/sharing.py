@@ -20,7 +20,7 @@ def cost_of(job: Job) -> float:
 
 
 def _block_cost(job: Job) -> float:
-    return 4 * BLOCK * job.pairs * max(1.0, job.rows / _READ_ROWS)
+    return 4 * BLOCK * job.groups * max(1.0, job.rows / _READ_ROWS)
 
 
 def share(costs: Sequence[float], parts: int, tolerance: float) -> list[slice] | None:

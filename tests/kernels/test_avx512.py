@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.harness import relative_error
 from expert_service.kernels import avx512, avx512_experts
-from expert_service.kernels.avx512 import Job, Kernels, Matrix, Pairs, compile_kernels
+from expert_service.kernels.avx512 import Job, Kernels, Matrix, Pairs, Rows, compile_kernels
 from expert_service.kernels.onednn import OneDnnBackend
 from expert_service.kernels.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
-from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec
+from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(
     not torch.cpu._is_avx512_supported() or importlib.util.find_spec("llvmlite") is None,
     reason="needs AVX-512 and llvmlite",
 )
-EXPERTS, SHARED = 6, 6  # routed; the shared one is twice as wide
+EXPERTS = 6  # routed; id 6 is the shared one, twice as wide
+#: Norm of what 8 bits in weights, rows and intermediate change, relative to the result.
+ERROR = 4e-2
 H, I = 192, 128  # noqa: E741 # as in the kernels' formulas
 
 
@@ -31,7 +35,7 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     """The code for CPUs with AVX-512 BF16, and for those without."""
     if request.param and not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("needs AVX-512 BF16")
-    return Kernels(*avx512._compile(has_dot=request.param))
+    return Kernels(*avx512._compile("bf16", has_dot=request.param))
 
 
 class Packed:
@@ -59,8 +63,8 @@ def test_gate_up_is_swiglu_without_its_last_product(kernels: Kernels, rows: int)
     order = torch.randperm(70)[:rows]
     h = torch.full((rows, I), torch.nan, dtype=torch.bfloat16)
 
-    job = Job(0, rows, gate.address, up.address, 0, I // 64, H // 2)
-    kernels.gate_up(_address(x), order.data_ptr(), _address(h), [job])
+    job = Job(0, rows, gate.address, up.address, 0, I // 64, H // 2, 0, 0)
+    kernels.gate_up(Rows(_address(x), 0), order.data_ptr(), _address(h), [job])
 
     wide = x[order].float()
     expected = torch.nn.functional.silu(wide @ gate.dense.float().T) * (wide @ up.dense.float().T)
@@ -77,8 +81,8 @@ def test_down_writes_the_blocks_and_places_of_its_jobs_only(
     y = torch.full((40, H), 7.0, dtype=dtype)
     identity = torch.arange(40)
 
-    jobs = [Job(10, rows, down.address, 0, first, first + 1, I // 2) for first in (0, 2)]
-    kernels.down(dtype, _address(h), identity.data_ptr(), _address(y), jobs)
+    jobs = [Job(10, rows, down.address, 0, first, first + 1, I // 2, 0, 0) for first in (0, 2)]
+    kernels.down(dtype, Rows(_address(h), 0), identity.data_ptr(), _address(y), jobs)
 
     expected = torch.full((40, H), 7.0, dtype=dtype)
     product = (h[10 : 10 + rows].float() @ down.dense.float().T).to(dtype)
@@ -121,8 +125,8 @@ def test_silu_is_right_from_end_to_end_of_its_range(kernels: Kernels) -> None:
     h = torch.empty(len(x), 64, dtype=torch.bfloat16)
     identity = torch.arange(len(x))
 
-    job = Job(0, len(x), gate.address, up.address, 0, 1, 64)
-    kernels.gate_up(_address(x), identity.data_ptr(), _address(h), [job])
+    job = Job(0, len(x), gate.address, up.address, 0, 1, 64, 0, 0)
+    kernels.gate_up(Rows(_address(x), 0), identity.data_ptr(), _address(h), [job])
 
     exact = torch.nn.functional.silu(x[:, :64].double())
     error = (h.double() - exact).abs() / exact.abs().clamp(min=1e-30)
@@ -139,10 +143,53 @@ def test_a_row_that_is_not_finite_is_seen_and_stays_alone(kernels: Kernels, valu
     h = torch.zeros(7, I, dtype=torch.bfloat16)
     identity = torch.arange(7)
 
-    job = Job(0, 7, gate.address, up.address, 0, I // 64, H // 2)
-    kernels.gate_up(_address(x), identity.data_ptr(), _address(h), [job])
+    job = Job(0, 7, gate.address, up.address, 0, I // 64, H // 2, 0, 0)
+    kernels.gate_up(Rows(_address(x), 0), identity.data_ptr(), _address(h), [job])
 
     assert [row for row in range(7) if not h[row].isfinite().all()] == [3]
+
+
+@pytest.fixture(scope="module")
+def byte_kernels() -> Kernels:
+    """The code for weights in bytes."""
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("needs AVX-512 VNNI")
+    return Kernels(*avx512._compile("int8"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_are_rounded_to_bytes_each_by_itself(
+    byte_kernels: Kernels, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    magnitudes = torch.tensor([1.0, 1e-30, 1e4, 3e37, 0.0])[:, None]
+    x = (torch.rand(5, H, generator=generator) * 2 - 1).mul_(magnitudes).to(dtype)
+    values, scales = torch.zeros(5, H, dtype=torch.uint8), torch.full((5,), 7.0)
+    out = Rows(_address(values), scales.data_ptr())
+
+    byte_kernels.round(dtype, _address(x), out, H // 64, 0, 5)
+
+    exact = x.double()
+    largest = exact.abs().amax(dim=1).clamp(min=2**-119)
+    assert torch.allclose(scales.double(), largest / 127, rtol=1e-6, atol=0.0)
+    meant = (values.double() - 128) * scales.double()[:, None]
+    assert ((meant - exact).abs().amax(dim=1) <= 0.5001 * scales.double()).all()
+    assert values.min() >= 1
+    assert values[4].eq(128).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_the_scale_of_a_row_that_is_not_finite_is_not_either(
+    byte_kernels: Kernels, value: float
+) -> None:
+    x = torch.randn(3, H)
+    x[1, 100] = value
+    values, scales = torch.zeros(3, H, dtype=torch.uint8), torch.zeros(3)
+
+    out = Rows(_address(values), scales.data_ptr())
+    byte_kernels.round(torch.float32, _address(x), out, H // 64, 0, 3)
+
+    assert scales.isfinite().tolist() == [True, False, True]
 
 
 def _spec(hidden: int = H, width: int = I) -> ModelSpec:
@@ -156,12 +203,10 @@ def _spec(hidden: int = H, width: int = I) -> ModelSpec:
     return ModelSpec(model_type="test", hidden_size=hidden, dtype=torch.bfloat16, layers=(layer,))
 
 
-def _pair(
-    threads: int = 1, spec: ModelSpec | None = None
-) -> tuple[OneDnnBackend, ReferenceBackend]:
+def _pair(threads: int = 1, form: str = "auto") -> tuple[OneDnnBackend, ReferenceBackend]:
     """Both backends with the same weights; the first one's buffers are poisoned with NaN."""
-    spec = spec or _spec()
-    ours, reference = OneDnnBackend(spec, torch.bfloat16, threads), ReferenceBackend()
+    spec = _spec()
+    ours, reference = OneDnnBackend(spec, torch.bfloat16, threads, form), ReferenceBackend()
     generator = torch.Generator().manual_seed(0)
     hidden, layer = spec.hidden_size, spec.layers[0]
     for slot in layer.slots():
@@ -181,7 +226,8 @@ def _pair(
 
 
 def _poison(backend: OneDnnBackend) -> None:
-    assert backend._own is not None, "the kernels are in use"
+    if backend._own is None:
+        return
     for buffer in backend._own._y.values():
         buffer.take(2000, H)
         buffer._values.fill_(torch.nan)
@@ -219,10 +265,39 @@ def test_the_backend_equals_the_reference(
     ours, reference = _pair(threads)
     call = _call(rows, k, dtype=dtype)
 
+    assert ours._own is not None, "the kernels are in use"
     out = ours.compute(*call)
 
     assert out.dtype == dtype
     assert_close(out, reference.compute(*call), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 2, 63, 300])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_weights_in_bytes_compute_what_onednn_does(
+    threads: int,
+    rows: int,
+    dtype: torch.dtype,
+    division: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("needs AVX-512 VNNI")
+    ours, reference = _pair(threads, "int8")
+    call = _call(rows, 3, dtype=dtype)
+
+    out = ours.compute(*call)
+
+    monkeypatch.setattr(avx512_experts, "compile_kernels", lambda weights: None)
+    expected = _pair(threads, "int8")[0].compute(*call)
+    assert out.dtype == expected.dtype == dtype
+    if rows:
+        exact = reference.compute(*call)
+        error, onednn_error = (relative_error(each, exact)[0] for each in (out, expected))
+        assert error < min(ERROR, 1.05 * onednn_error)
+        # Some values fall on the two sides of a step; and bfloat16 has steps of its own.
+        assert relative_error(out, expected)[0] < (5e-3 if dtype == torch.bfloat16 else 2e-3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -282,25 +357,6 @@ def test_sizes_that_are_no_blocks_are_left_to_onednn(hidden: int, width: int) ->
     assert OneDnnBackend(_spec(hidden, width), torch.bfloat16, 1)._own is None
 
 
-def test_another_layout_of_onednn_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avx512_experts, "is_packed_in_blocks", lambda outputs, inputs: False)
-
-    assert OneDnnBackend(_spec(), torch.bfloat16, 1)._own is None
-
-
-def test_the_layout_is_checked_by_content(monkeypatch: pytest.MonkeyPatch) -> None:
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    checked = avx512.is_packed_in_blocks.__wrapped__
-    assert checked(128, 192)
-
-    # Packed from the other end: the same size, another order.
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_reorder_linear_weight", lambda matrix, _: pack(matrix.flip(0), None)
-    )
-
-    assert not checked(128, 192)
-
-
 def test_without_llvmlite_onednn_computes_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -316,23 +372,68 @@ def test_without_llvmlite_onednn_computes_and_a_warning_says_so(
     assert backend._own is None
 
 
-@pytest.mark.parametrize("rows", [1, 4, 5, 40])
-def test_where_onednn_is_faster_for_more_rows_it_gets_them(
-    rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours, reference = _pair()
-    own = ours._own
-    assert own is not None
-    monkeypatch.setattr(own._kernels, "most_rows", 4)
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As on a CPU where oneDNN is faster for more than 4 rows: how many our kernels then got."""
+    monkeypatch.setattr(avx512_experts, "compile_kernels", _compile_for_few)
     taken: list[int] = []
-    compute = own.compute
+    compute = avx512_experts.Avx512Experts.compute
 
-    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+    def counted(self: Any, *arguments: Any) -> torch.Tensor:
         taken.append(len(arguments[1]))
-        return compute(*arguments)  # type: ignore[arg-type]
+        return compute(self, *arguments)
 
-    monkeypatch.setattr(own, "compute", counted)
-    call = _call(rows, 3)
+    monkeypatch.setattr(avx512_experts.Avx512Experts, "compute", counted)
+    return taken
 
-    assert_close(ours.compute(*call), reference.compute(*call), torch.bfloat16)
-    assert taken == [rows] * (rows <= 4)
+
+def _compile_for_few(weights: str) -> Kernels:
+    engine, _ = avx512._compile(weights)
+    return Kernels(engine, most_rows=4)
+
+
+@pytest.mark.parametrize("form", ["auto", "int8"])
+def test_where_onednn_is_faster_for_more_rows_both_read_the_same_memory(
+    form: str, few: list[int]
+) -> None:
+    ours, reference = _pair(form=form)
+    for rows in (1, 4, 5, 40):
+        call = _call(rows, 3)
+        out, expected = ours.compute(*call), reference.compute(*call)
+        assert relative_error(out, expected)[0] < (ERROR if form == "int8" else 1e-2)
+
+    assert few == [1, 4]
+    assert ours._own is not None
+    at = ours._format.addresses(ours._experts[0][2])
+    assert ours._blocks[0][2].matrices == at, "no copy of a matrix is kept"
+
+
+def test_another_layout_of_onednn_is_noticed_and_left_to_it(
+    few: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = _pair()
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    weights = ExpertWeights(*(torch.randn(*shape) for shape in ((I, H), (I, H), (H, I))))
+    # Packed from the other end: the same size, another order.
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda matrix, _: pack(matrix.flip(0), None)
+    )
+
+    with pytest.warns(FallbackWarning, match="packs in another layout"):
+        ours.load(Slot(0, 0), weights)
+
+    out = ours.compute(*_call(2, 3))
+    assert few == []
+    assert out.isfinite().all()
+
+
+def test_a_dropped_expert_is_given_back_and_gone() -> None:
+    backend, _ = _pair()
+    held = backend._blocks[0][1]
+
+    dropped = backend.drop(Slot(0, 1))
+
+    assert dropped == (None, held)
+    assert 1 not in backend._blocks[0]
+    with pytest.raises(KeyError):
+        backend.drop(Slot(0, 1))

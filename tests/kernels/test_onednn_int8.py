@@ -42,7 +42,13 @@ def _expert(hidden: int, width: int, seed: int) -> ExpertWeights:
     return ExpertWeights(matrix(width, hidden), matrix(width, hidden), matrix(hidden, width))
 
 
-def _pair(hidden: int = 256, width: int = 96) -> tuple[OneDnnBackend, ReferenceBackend]:
+@pytest.fixture(params=[96, 128], ids=["onednn", "own"])
+def width(request: pytest.FixtureRequest) -> int:
+    """One that is oneDNN's, and one, of whole blocks, that is our kernels' where there are any."""
+    return int(request.param)
+
+
+def _pair(hidden: int, width: int) -> tuple[OneDnnBackend, ReferenceBackend]:
     spec = _spec(hidden, width)
     int8, reference = OneDnnBackend(spec, torch.bfloat16, 1, "int8"), ReferenceBackend()
     for expert in range(EXPERTS):
@@ -51,6 +57,10 @@ def _pair(hidden: int = 256, width: int = 96) -> tuple[OneDnnBackend, ReferenceB
         reference.load(Slot(0, expert), weights)
     int8._x.take(256, torch.float32).fill_(torch.nan)
     int8._y.take(2048, torch.float32).fill_(torch.nan)
+    if int8._own is not None:
+        for buffer in int8._own._y.values():
+            buffer.take(2048, hidden)
+            buffer._values.fill_(torch.nan)
     return int8, reference
 
 
@@ -65,8 +75,8 @@ def _call(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 63, 400])
-def test_int8_is_near_float32(rows: int, dtype: torch.dtype) -> None:
-    int8, reference = _pair()
+def test_int8_is_near_float32(width: int, rows: int, dtype: torch.dtype) -> None:
+    int8, reference = _pair(256, width)
     x_RH, ids, weights = _call(rows, 3, dtype=dtype)
 
     out = int8.compute(0, x_RH, ids, weights)
@@ -83,17 +93,17 @@ def test_any_size_of_expert_works_in_int8(hidden: int, width: int) -> None:
     assert relative_error(int8.compute(0, *call), reference.compute(0, *call))[0] < 1.5 * ERROR
 
 
-def test_no_row_gives_no_row_and_asking_nobody_gives_zeros() -> None:
-    int8, _ = _pair()
+def test_no_row_gives_no_row_and_asking_nobody_gives_zeros(width: int) -> None:
+    int8, _ = _pair(256, width)
     nobody = torch.full((3, 2), -1, dtype=torch.int32)
 
     assert int8.compute(0, *_call(0, 2)).shape == (0, 256)
     assert not int8.compute(0, torch.randn(3, 256), nobody, torch.ones(3, 2)).any()
 
 
-def test_a_row_alone_is_as_in_a_batch() -> None:
+def test_a_row_alone_is_as_in_a_batch(width: int) -> None:
     """Rows are rounded by themselves: their neighbours, however large, do not coarsen them."""
-    int8, _ = _pair()
+    int8, _ = _pair(256, width)
     x_RH, ids, weights = _call(40, 3)
     alone = int8.compute(0, x_RH[:1], ids[:1], weights[:1])
     x_RH[1:] *= 1e4
@@ -103,9 +113,9 @@ def test_a_row_alone_is_as_in_a_batch() -> None:
     assert relative_error(among[:1], alone)[0] < 1e-6
 
 
-def test_scaled_rows_give_no_other_error() -> None:
+def test_scaled_rows_give_no_other_error(width: int) -> None:
     """A row's scale is its own: tiny and huge ones are as exact as any."""
-    int8, reference = _pair()
+    int8, reference = _pair(256, width)
     x_RH, ids, weights = _call(6, 2)
     x_RH *= torch.tensor([1e-12, 1e-4, 1.0, 1e2, 1e4, 1e6])[:, None]
 
@@ -115,8 +125,8 @@ def test_scaled_rows_give_no_other_error() -> None:
         assert relative_error(out[row : row + 1], expected[row : row + 1])[0] < 2 * ERROR
 
 
-def test_a_row_of_zeros_gives_zeros() -> None:
-    int8, _ = _pair()
+def test_a_row_of_zeros_gives_zeros(width: int) -> None:
+    int8, _ = _pair(256, width)
     x_RH, ids, weights = _call(5, 2)
     x_RH[3] = 0
 
@@ -127,8 +137,8 @@ def test_a_row_of_zeros_gives_zeros() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
-    int8, _ = _pair()
+def test_what_is_not_finite_stays_in_its_row(width: int, value: float) -> None:
+    int8, _ = _pair(256, width)
     x_RH, ids, weights = _call(10, 3)
     x_RH[4, 7] = value
 

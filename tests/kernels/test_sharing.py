@@ -10,7 +10,7 @@ from expert_service.kernels.sharing import cost_of, cut, share
 
 _JOBS = st.lists(
     st.builds(
-        lambda rows, blocks, pairs: Job(0, rows, 1, 2, 0, blocks, pairs),
+        lambda rows, blocks, groups: Job(0, rows, 1, 2, 0, blocks, groups, 3, 4),
         st.integers(1, 96),
         st.integers(1, 40),
         st.sampled_from([32, 704, 1024]),
