@@ -18,6 +18,24 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
+from expert_service.kernels.llvm_building import (
+    BF16,
+    F32,
+    I8,
+    I32,
+    I64,
+    PTR,
+    constant,
+    declare,
+    element_at,
+    i64,
+    intrinsic,
+    least,
+    load,
+    loop,
+    splat,
+)
+
 #: Outputs of one block, and vectors of sums that they make.
 BLOCK, _VECTORS = 64, 4
 _LANES = BLOCK // _VECTORS
@@ -32,30 +50,9 @@ _PANEL = 4 * ROWS_IN_REGISTERS
 JOB = ("place", "rows", "matrix", "second", "first", "stop", "groups", "side", "second_side")
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """llvmlite has no name for bfloat16; LLVM has."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_I8, _I32, _I64, _F32, _BF16 = (
-    ir.IntType(8),
-    ir.IntType(32),
-    ir.IntType(64),
-    ir.FloatType(),
-    _BFloat(),
-)
-_PTR = ir.PointerType()
-_SUMS = ir.VectorType(_F32, _LANES)
-_BITS = ir.VectorType(_I32, _LANES)
-_PAIRS = ir.VectorType(_BF16, 2 * _LANES)
+_SUMS = ir.VectorType(F32, _LANES)
+_BITS = ir.VectorType(I32, _LANES)
+_PAIRS = ir.VectorType(BF16, 2 * _LANES)
 
 
 #: The sums of one row, a group of its inputs and the weights of it: the sums with their product.
@@ -92,9 +89,9 @@ def generate(weights: str, *, has_dot: bool) -> str:
     """
     module = ir.Module("experts")
     if weights == "int8":
-        kind = _Kind(_dot_bytes, _I8, _BITS, _F32)
+        kind = _Kind(_dot_bytes, I8, _BITS, F32)
     else:
-        kind = _Kind(_dot_pairs if has_dot else _dot_widened, _BF16, _SUMS, _BF16)
+        kind = _Kind(_dot_pairs if has_dot else _dot_widened, BF16, _SUMS, BF16)
     kernels = [_define_product(module, rows, kind) for rows in range(1, ROWS_IN_REGISTERS + 1)]
     product = _define_product_of_any(module, kernels)
     _define_gate_up(module, product, kind)
@@ -105,28 +102,28 @@ def generate(weights: str, *, has_dot: bool) -> str:
     return str(module)
 
 
-_DTYPES = {"bf16": _BF16, "f32": _F32}
+_DTYPES = {"bf16": BF16, "f32": F32}
 
 
 def _define_product(module: ir.Module, rows: int, kind: _Kind) -> ir.Function:
     """sums[r] = block @ x[row[r]], for `rows` rows: [rows, 64]."""
-    function = _declare(module, f"product_{rows}", _PTR, _I64, _PTR, _PTR, _I64, _PTR)
+    function = declare(module, f"product_{rows}", PTR, I64, PTR, PTR, I64, PTR)
     function.attributes.add("noinline")  # one loop for all callers: caches are full of weights
     x, stride, row, block, groups, sums = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     starts = [
-        _at(builder, x, builder.mul(_load(builder, row, _I64, r), stride), kind.values)
+        element_at(builder, x, builder.mul(load(builder, row, I64, r), stride), kind.values)
         for r in range(rows)
     ]
     zeros = [ir.Constant(kind.sums, None)] * (rows * _VECTORS)
-    with _loop(builder, groups, zeros) as (group, before, after):
-        weights_at = _at(builder, block, builder.mul(group, _i64(BLOCK)), _I32)
-        weights = [_load(builder, weights_at, _BITS, vector, 4) for vector in range(_VECTORS)]
+    with loop(builder, groups, zeros) as (group, before, after):
+        weights_at = element_at(builder, block, builder.mul(group, i64(BLOCK)), I32)
+        weights = [load(builder, weights_at, _BITS, vector, 4) for vector in range(_VECTORS)]
         for r, start in enumerate(starts):
-            value = _load(builder, start, _I32, group, 1)
+            value = load(builder, start, I32, group, 1)
             after += kind.dot(builder, before[r * _VECTORS : (r + 1) * _VECTORS], value, weights)
     for at, total in enumerate(before):
-        builder.store(total, _at(builder, sums, _i64(at), kind.sums), align=64)
+        builder.store(total, element_at(builder, sums, i64(at), kind.sums), align=64)
     builder.ret_void()
     return function
 
@@ -135,10 +132,10 @@ def _dot_pairs(
     builder: ir.IRBuilder, sums: Sequence[ir.Value], pair: ir.Value, weights: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """sums + pair . weights, with AVX-512 BF16."""
-    instruction = _intrinsic(
+    instruction = intrinsic(
         builder.module, "llvm.x86.avx512bf16.dpbf16ps.512", _SUMS, _SUMS, _PAIRS, _PAIRS
     )
-    pairs = builder.bitcast(_splat(builder, pair, _BITS), _PAIRS)
+    pairs = builder.bitcast(splat(builder, pair, _BITS), _PAIRS)
     return [
         builder.call(instruction, [total, pairs, builder.bitcast(weight, _PAIRS)])
         for total, weight in zip(sums, weights, strict=True)
@@ -149,15 +146,15 @@ def _dot_widened(
     builder: ir.IRBuilder, sums: Sequence[ir.Value], pair: ir.Value, weights: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """sums + pair . weights, each element as a float32: a bfloat16 is the upper half of one."""
-    fma = _intrinsic(builder.module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
+    fma = intrinsic(builder.module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
 
     def halves(both: ir.Value, kind: ir.Type, single: ir.Type) -> list[ir.Value]:
         return [
-            builder.bitcast(builder.shl(both, _constant(kind, 16)), single),
-            builder.bitcast(builder.and_(both, _constant(kind, 0xFFFF0000)), single),
+            builder.bitcast(builder.shl(both, constant(kind, 16)), single),
+            builder.bitcast(builder.and_(both, constant(kind, 0xFFFF0000)), single),
         ]
 
-    values = [_splat(builder, value, _SUMS) for value in halves(pair, _I32, _F32)]
+    values = [splat(builder, value, _SUMS) for value in halves(pair, I32, F32)]
     results = []
     for total, weight in zip(sums, weights, strict=True):
         for value, wide in zip(values, halves(weight, _BITS, _SUMS), strict=True):
@@ -170,10 +167,10 @@ def _dot_bytes(
     builder: ir.IRBuilder, sums: Sequence[ir.Value], group: ir.Value, weights: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """sums + group . weights, of unsigned with signed bytes, with AVX-512 VNNI."""
-    instruction = _intrinsic(
+    instruction = intrinsic(
         builder.module, "llvm.x86.avx512.vpdpbusd.512", _BITS, _BITS, _BITS, _BITS
     )
-    values = _splat(builder, group, _BITS)
+    values = splat(builder, group, _BITS)
     return [
         builder.call(instruction, [total, values, weight])
         for total, weight in zip(sums, weights, strict=True)
@@ -182,17 +179,17 @@ def _dot_bytes(
 
 def _define_product_of_any(module: ir.Module, kernels: Sequence[ir.Function]) -> ir.Function:
     """sums[r] = block @ x[row[r]], for any number of rows: as many at a time as registers hold."""
-    function = _declare(module, "product", _PTR, _I64, _PTR, _I64, _PTR, _I64, _PTR)
+    function = declare(module, "product", PTR, I64, PTR, I64, PTR, I64, PTR)
     x, stride, row, count, block, groups, sums = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    with _loop(builder, count, step=len(kernels)) as (done, _, _):
-        row_at = _at(builder, row, done, _I64)
-        sums_at = _at(builder, sums, builder.mul(done, _i64(BLOCK)), _F32)
+    with loop(builder, count, step=len(kernels)) as (done, _, _):
+        row_at = element_at(builder, row, done, I64)
+        sums_at = element_at(builder, sums, builder.mul(done, i64(BLOCK)), F32)
         joined = function.append_basic_block()
-        choice = builder.switch(_least(builder, builder.sub(count, done), len(kernels)), joined)
+        choice = builder.switch(least(builder, builder.sub(count, done), len(kernels)), joined)
         for rows, kernel in enumerate(kernels, 1):
             case = function.append_basic_block()
-            choice.add_case(_i64(rows), case)
+            choice.add_case(i64(rows), case)
             builder.position_at_end(case)
             builder.call(kernel, [x, stride, row_at, block, groups, sums_at])
             builder.branch(joined)
@@ -202,16 +199,16 @@ def _define_product_of_any(module: ir.Module, kernels: Sequence[ir.Function]) ->
 
 
 def _define_gate_up(module: ir.Module, product: ir.Function, kind: _Kind) -> None:
-    function = _declare(module, "gate_up", *(_PTR, _I64, _PTR, _I64), *(_PTR, _PTR, _PTR, _I64))
+    function = declare(module, "gate_up", *(PTR, I64, PTR, I64), *(PTR, PTR, PTR, I64))
     jobs, count, x, stride, rows_at, scales, h, h_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     gates, ups = (_allocate_sums(builder) for _ in range(2))
     with _panels(builder, jobs, count) as (job, block, place, rows):
-        row = _at(builder, rows_at, place, _I64)
+        row = element_at(builder, rows_at, place, I64)
         for matrix, sums in (("matrix", gates), ("second", ups)):
             address = _block_of(builder, job[matrix], block, job["groups"])
             builder.call(product, [x, stride, row, rows, address, job["groups"], sums])
-        with _loop(builder, rows) as (r, _, _):
+        with loop(builder, rows) as (r, _, _):
             out = _outputs_at(builder, h, h_stride, builder.add(place, r), block, kind.wide)
             scale = _row_scale(builder, kind, scales, row, r)
             for vector in range(_VECTORS):
@@ -226,15 +223,15 @@ def _define_gate_up(module: ir.Module, product: ir.Function, kind: _Kind) -> Non
 def _define_down(
     module: ir.Module, product: ir.Function, kind: _Kind, name: str, dtype: ir.Type
 ) -> None:
-    function = _declare(module, name, *(_PTR, _I64, _PTR, _I64), *(_PTR, _PTR, _PTR, _I64))
+    function = declare(module, name, *(PTR, I64, PTR, I64), *(PTR, PTR, PTR, I64))
     jobs, count, h, stride, rows_at, scales, y, y_stride = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     sums = _allocate_sums(builder)
     with _panels(builder, jobs, count) as (job, block, place, rows):
-        row = _at(builder, rows_at, place, _I64)
+        row = element_at(builder, rows_at, place, I64)
         address = _block_of(builder, job["matrix"], block, job["groups"])
         builder.call(product, [h, stride, row, rows, address, job["groups"], sums])
-        with _loop(builder, rows) as (r, _, _):
+        with loop(builder, rows) as (r, _, _):
             out = _outputs_at(builder, y, y_stride, builder.add(place, r), block, dtype)
             scale = _row_scale(builder, kind, scales, row, r)
             for vector in range(_VECTORS):
@@ -249,8 +246,8 @@ def _row_scale(
     """The scale of the row `row[r]`, in every lane; None where rows have none."""
     if kind.sums != _BITS:
         return None
-    index = _load(builder, row, _I64, r)
-    return _splat(builder, _load(builder, scales, _F32, index, 4), _SUMS)
+    index = load(builder, row, I64, r)
+    return splat(builder, load(builder, scales, F32, index, 4), _SUMS)
 
 
 def _meant(
@@ -264,29 +261,33 @@ def _meant(
     scale: ir.Value | None,
 ) -> ir.Value:
     """What the sums of a row mean, in float32."""
-    at = builder.add(builder.mul(row, _i64(_VECTORS)), _i64(vector))
-    total = _load(builder, sums, kind.sums, at, 64)
+    at = builder.add(builder.mul(row, i64(_VECTORS)), i64(vector))
+    total = load(builder, sums, kind.sums, at, 64)
     if scale is None:
         return total
-    of_block = _at(builder, builder.inttoptr(side, _PTR), builder.mul(block, _i64(2 * BLOCK)), _I32)
-    each = _load(builder, of_block, _SUMS, vector, 4)
-    excess = _load(builder, of_block, _BITS, _VECTORS + vector, 4)
+    of_block = element_at(
+        builder, builder.inttoptr(side, PTR), builder.mul(block, i64(2 * BLOCK)), I32
+    )
+    each = load(builder, of_block, _SUMS, vector, 4)
+    excess = load(builder, of_block, _BITS, _VECTORS + vector, 4)
     exact = builder.sitofp(builder.sub(total, excess), _SUMS)
     return builder.fmul(exact, builder.fmul(each, scale))
 
 
 def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
-    function = _declare(module, name, *(_I64, _I64, _PTR, _I64), *(_PTR, _PTR, _PTR), *(_PTR, _I64))
+    function = declare(module, name, *(I64, I64, PTR, I64), *(PTR, PTR, PTR), *(PTR, I64))
     first, stop, y, stride, places, weights, offsets, out, blocks = function.args
     builder = ir.IRBuilder(function.append_basic_block())
-    fma = _intrinsic(module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
-    with _loop(builder, stop, start=first) as (row, _, _):
-        start, end = (_load(builder, _at(builder, offsets, row, _I64), _I64, at) for at in (0, 1))
-        with _loop(builder, blocks) as (block, _, _):
+    fma = intrinsic(module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
+    with loop(builder, stop, start=first) as (row, _, _):
+        start, end = (
+            load(builder, element_at(builder, offsets, row, I64), I64, at) for at in (0, 1)
+        )
+        with loop(builder, blocks) as (block, _, _):
             zeros = [ir.Constant(_SUMS, None)] * _VECTORS
-            with _loop(builder, end, zeros, start=start) as (pair, before, after):
-                place = _load(builder, places, _I64, pair)
-                weight = _splat(builder, _load(builder, weights, _F32, pair, 4), _SUMS)
+            with loop(builder, end, zeros, start=start) as (pair, before, after):
+                place = load(builder, places, I64, pair)
+                weight = splat(builder, load(builder, weights, F32, pair, 4), _SUMS)
                 at = _outputs_at(builder, y, stride, place, block, dtype)
                 for vector, total in enumerate(before):
                     value = _load_vector(builder, at, vector, dtype)
@@ -298,17 +299,17 @@ def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
 
 
 def _define_round(module: ir.Module, name: str, dtype: ir.Type) -> None:
-    function = _declare(module, name, *(_I64, _I64, _PTR, _I64), *(_I64, _PTR, _I64, _PTR))
+    function = declare(module, name, *(I64, I64, PTR, I64), *(I64, PTR, I64, PTR))
     first, stop, x, stride, blocks, out, out_stride, scales = function.args
     builder = ir.IRBuilder(function.append_basic_block())
     # Unlike maxnum, maximum gives NaN where there is one.
-    maximum = _intrinsic(module, "llvm.maximum.v16f32", _SUMS, _SUMS, _SUMS)
-    largest_of = _intrinsic(module, "llvm.vector.reduce.fmaximum.v16f32", _F32, _SUMS)
-    absolute = _intrinsic(module, "llvm.fabs.v16f32", _SUMS, _SUMS)
-    fma = _intrinsic(module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
-    with _loop(builder, stop, start=first) as (row, _, _):
+    maximum = intrinsic(module, "llvm.maximum.v16f32", _SUMS, _SUMS, _SUMS)
+    largest_of = intrinsic(module, "llvm.vector.reduce.fmaximum.v16f32", F32, _SUMS)
+    absolute = intrinsic(module, "llvm.fabs.v16f32", _SUMS, _SUMS)
+    fma = intrinsic(module, "llvm.fma.v16f32", _SUMS, _SUMS, _SUMS, _SUMS)
+    with loop(builder, stop, start=first) as (row, _, _):
         zeros = [ir.Constant(_SUMS, None)] * _VECTORS
-        with _loop(builder, blocks, zeros) as (block, before, after):
+        with loop(builder, blocks, zeros) as (block, before, after):
             at = _outputs_at(builder, x, stride, row, block, dtype)
             for vector, largest in enumerate(before):
                 size = builder.call(absolute, [_load_vector(builder, at, vector, dtype)])
@@ -317,19 +318,19 @@ def _define_round(module: ir.Module, name: str, dtype: ir.Type) -> None:
         halves = builder.call(maximum, [one, two]), builder.call(maximum, [three, four])
         largest = builder.call(largest_of, [builder.call(maximum, halves)])
         # A row of zeros stays one, whatever it is divided by; NaN stays, too.
-        tiny = _constant(_F32, _SMALLEST_ROW)
+        tiny = constant(F32, _SMALLEST_ROW)
         largest = builder.select(builder.fcmp_ordered("<", largest, tiny), tiny, largest)
-        scale = builder.fdiv(largest, _constant(_F32, _LARGEST_BYTE))
-        builder.store(scale, _at(builder, scales, row, _F32), align=4)
-        factor = _splat(builder, builder.fdiv(_constant(_F32, _LARGEST_BYTE), largest), _SUMS)
-        with _loop(builder, blocks) as (block, _, _):
+        scale = builder.fdiv(largest, constant(F32, _LARGEST_BYTE))
+        builder.store(scale, element_at(builder, scales, row, F32), align=4)
+        factor = splat(builder, builder.fdiv(constant(F32, _LARGEST_BYTE), largest), _SUMS)
+        with loop(builder, blocks) as (block, _, _):
             at = _outputs_at(builder, x, stride, row, block, dtype)
-            out_at = _outputs_at(builder, out, out_stride, row, block, _I8)
+            out_at = _outputs_at(builder, out, out_stride, row, block, I8)
             for vector in range(_VECTORS):
                 value = _load_vector(builder, at, vector, dtype)
-                shifted = builder.call(fma, [value, factor, _constant(_SUMS, _ZERO_BYTE + 0.5)])
+                shifted = builder.call(fma, [value, factor, constant(_SUMS, _ZERO_BYTE + 0.5)])
                 bits = builder.fptoui(shifted, _BITS)
-                _store(builder, bits, out_at, vector, _I8)
+                _store(builder, bits, out_at, vector, I8)
     builder.ret_void()
 
 
@@ -342,14 +343,14 @@ def _panels(
 ) -> Iterator[tuple[dict[str, ir.Value], ir.Value, ir.Value, ir.Value]]:
     """For every job, each of its blocks, and rows as many as `_PANEL` at a time: the job's fields,
     the block's number, the first row's place and how many they are."""
-    with _loop(builder, count) as (number, _, _):
-        start = _at(builder, jobs, builder.mul(number, _i64(len(JOB))), _I64)
-        job = {name: _load(builder, start, _I64, at) for at, name in enumerate(JOB)}
+    with loop(builder, count) as (number, _, _):
+        start = element_at(builder, jobs, builder.mul(number, i64(len(JOB))), I64)
+        job = {name: load(builder, start, I64, at) for at, name in enumerate(JOB)}
         with (
-            _loop(builder, job["stop"], start=job["first"]) as (block, _, _),
-            _loop(builder, job["rows"], step=_PANEL) as (done, _, _),
+            loop(builder, job["stop"], start=job["first"]) as (block, _, _),
+            loop(builder, job["rows"], step=_PANEL) as (done, _, _),
         ):
-            rows = _least(builder, builder.sub(job["rows"], done), _PANEL)
+            rows = least(builder, builder.sub(job["rows"], done), _PANEL)
             yield job, block, builder.add(job["place"], done), rows
 
 
@@ -357,8 +358,8 @@ def _block_of(
     builder: ir.IRBuilder, matrix: ir.Value, block: ir.Value, groups: ir.Value
 ) -> ir.Value:
     """The address of a block of a matrix."""
-    start = builder.mul(builder.mul(block, groups), _i64(BLOCK))
-    return _at(builder, builder.inttoptr(matrix, _PTR), start, _I32)
+    start = builder.mul(builder.mul(block, groups), i64(BLOCK))
+    return element_at(builder, builder.inttoptr(matrix, PTR), start, I32)
 
 
 def _outputs_at(
@@ -370,24 +371,24 @@ def _outputs_at(
     dtype: ir.Type,
 ) -> ir.Value:
     """The address of a block's outputs in the row of a place."""
-    start = builder.add(builder.mul(place, stride), builder.mul(block, _i64(BLOCK)))
-    return _at(builder, base, start, dtype)
+    start = builder.add(builder.mul(place, stride), builder.mul(block, i64(BLOCK)))
+    return element_at(builder, base, start, dtype)
 
 
 def _store(
     builder: ir.IRBuilder, value: ir.Value, base: ir.Value, vector: int, dtype: ir.Type
 ) -> None:
-    if dtype == _BF16:
+    if dtype == BF16:
         value = builder.fptrunc(value, ir.VectorType(dtype, _LANES))
-    elif dtype == _I8:
+    elif dtype == I8:
         value = builder.trunc(value, ir.VectorType(dtype, _LANES))
-    builder.store(value, _at(builder, base, _i64(vector * _LANES), dtype), align=1)
+    builder.store(value, element_at(builder, base, i64(vector * _LANES), dtype), align=1)
 
 
 def _load_vector(builder: ir.IRBuilder, base: ir.Value, vector: int, dtype: ir.Type) -> ir.Value:
-    at = _at(builder, base, _i64(vector * _LANES), dtype)
+    at = element_at(builder, base, i64(vector * _LANES), dtype)
     value = builder.load(at, typ=ir.VectorType(dtype, _LANES), align=2)
-    return value if dtype == _F32 else builder.fpext(value, _SUMS)
+    return value if dtype == F32 else builder.fpext(value, _SUMS)
 
 
 def _allocate_sums(builder: ir.IRBuilder) -> ir.Value:
@@ -399,7 +400,7 @@ def _allocate_sums(builder: ir.IRBuilder) -> ir.Value:
 
 def _silu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """x / (1 + exp(-x))."""
-    one = _constant(_SUMS, 1.0)
+    one = constant(_SUMS, 1.0)
     return builder.fdiv(x, builder.fadd(one, _exp(builder, builder.fneg(x))))
 
 
@@ -420,95 +421,19 @@ def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
     def call(name: str, *values: ir.Value) -> ir.Value:
         kinds = [_SUMS] * len(values)
-        return builder.call(
-            _intrinsic(builder.module, f"llvm.{name}.v16f32", _SUMS, *kinds), values
-        )
+        return builder.call(intrinsic(builder.module, f"llvm.{name}.v16f32", _SUMS, *kinds), values)
 
-    def constant(value: float) -> ir.Constant:
-        return _constant(_SUMS, value)
+    def number(value: float) -> ir.Constant:
+        return constant(_SUMS, value)
 
-    is_infinite = builder.fcmp_ordered(">", x, constant(_EXP_MOST))
-    x = call("maxnum", call("minnum", x, constant(_EXP_MOST)), constant(_EXP_LEAST))
-    n = call("roundeven", builder.fmul(x, constant(_LOG2_E)))
-    r = call("fma", n, constant(-_LN2_HIGH), x)
-    r = call("fma", n, constant(-_LN2_LOW), r)
-    value = constant(_EXP[0])
+    is_infinite = builder.fcmp_ordered(">", x, number(_EXP_MOST))
+    x = call("maxnum", call("minnum", x, number(_EXP_MOST)), number(_EXP_LEAST))
+    n = call("roundeven", builder.fmul(x, number(_LOG2_E)))
+    r = call("fma", n, number(-_LN2_HIGH), x)
+    r = call("fma", n, number(-_LN2_LOW), r)
+    value = number(_EXP[0])
     for factor in _EXP[1:]:
-        value = call("fma", value, r, constant(factor))
-    exponent = builder.shl(builder.fptosi(n, _BITS), _constant(_BITS, 23))
+        value = call("fma", value, r, number(factor))
+    exponent = builder.shl(builder.fptosi(n, _BITS), constant(_BITS, 23))
     power = builder.bitcast(builder.add(builder.bitcast(value, _BITS), exponent), _SUMS)
-    return builder.select(is_infinite, constant(math.inf), power)
-
-
-@contextmanager
-def _loop(
-    builder: ir.IRBuilder,
-    stop: ir.Value,
-    carried: Sequence[ir.Value] = (),
-    *,
-    start: ir.Value | None = None,
-    step: int = 1,
-) -> Iterator[tuple[ir.Value, list[ir.Value], list[ir.Value]]]:
-    """While index < stop: the index, the carried values, and a list for their next values.
-
-    `carried` are the values at first; those that the loop gave are theirs after it.
-    """
-    start = _i64(0) if start is None else start
-    before = builder.block
-    head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(_I64)
-    index.add_incoming(start, before)
-    values = [builder.phi(value.type) for value in carried]
-    for value, first in zip(values, carried, strict=True):
-        value.add_incoming(first, before)
-    builder.cbranch(builder.icmp_signed("<", index, stop), body, done)
-    builder.position_at_end(body)
-    after: list[ir.Value] = []
-    yield index, values, after
-    for value, following in zip(values, after, strict=True):
-        value.add_incoming(following, builder.block)
-    index.add_incoming(builder.add(index, _i64(step)), builder.block)
-    builder.branch(head)
-    builder.position_at_end(done)
-
-
-def _declare(module: ir.Module, name: str, *parameters: ir.Type) -> ir.Function:
-    return ir.Function(module, ir.FunctionType(ir.VoidType(), parameters), name)
-
-
-def _intrinsic(module: ir.Module, name: str, result: ir.Type, *parameters: ir.Type) -> ir.Function:
-    known: ir.Function | None = module.globals.get(name)
-    return known or ir.Function(module, ir.FunctionType(result, parameters), name)
-
-
-def _least(builder: ir.IRBuilder, value: ir.Value, most: int) -> ir.Value:
-    return builder.select(builder.icmp_signed("<", value, _i64(most)), value, _i64(most))
-
-
-def _i64(value: int) -> ir.Constant:
-    return ir.Constant(_I64, value)
-
-
-def _constant(kind: ir.Type, value: float) -> ir.Constant:
-    """A number, in every lane of a vector."""
-    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
-
-
-def _splat(builder: ir.IRBuilder, value: ir.Value, kind: ir.VectorType) -> ir.Value:
-    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    order = ir.Constant(ir.VectorType(_I32, kind.count), None)
-    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), order)
-
-
-def _at(builder: ir.IRBuilder, base: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
-    """The address of the element `index` of a type."""
-    return builder.gep(base, [index], source_etype=kind)
-
-
-def _load(
-    builder: ir.IRBuilder, base: ir.Value, kind: ir.Type, index: int | ir.Value, align: int = 8
-) -> ir.Value:
-    at = _i64(index) if isinstance(index, int) else index
-    return builder.load(_at(builder, base, at, kind), typ=kind, align=align)
+    return builder.select(is_infinite, number(math.inf), power)
