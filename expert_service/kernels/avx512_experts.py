@@ -43,7 +43,8 @@ from expertmesh.model import ExpertWeights, ModelSpec
 #: which its weights could be read seven times.
 _PIECE_ROWS = 96
 _SIZES = BlockSizes(lambda rows: rows, _PIECE_ROWS)
-#: What a thread takes at a time costs as much as reading so many bytes, or more: 4 ms.
+#: What a thread takes at a time costs as much as reading so many bytes, or more: 4 ms. Its
+#: intermediate is small then, and stays in L2.
 _TAKE_BYTES = 64 << 20
 #: n threads are worth the waking for n * n times the time in which so many bytes are read: they are
 #: woken one after the other, in 8 microseconds or more.
@@ -188,7 +189,7 @@ class Avx512Experts:
         gate_up, down = self._jobs(experts, batch.blocks, hidden)
         identity = self._take_identity(batch.places)
         whole = partial(self._swiglu, x_RH, batch.pairs.rows, identity, y_SH, y_dtype)
-        if self._crew.threads == 1:
+        if self._crew.threads == 1 and batch.places <= _PIECE_ROWS:
             whole(gate_up, down)
             return
         costs = [2 * cost_of(one) + cost_of(two) for one, two in zip(gate_up, down, strict=True)]

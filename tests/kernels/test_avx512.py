@@ -319,6 +319,27 @@ def test_any_routing_with_holes_equals_the_reference(
     assert_close(ours.compute(layer, hidden, ids, weights), expected, torch.bfloat16)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_batch_needs_the_intermediates_of_a_piece_only(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avx512_experts, "_TAKE_BYTES", 1000)
+    ours, reference = _pair(threads)
+    taken: list[int] = []
+    take = avx512_experts.Avx512Experts._take_h
+
+    def counted(self: Any, first: int, places: int, width: int) -> Any:
+        taken.append(places)
+        return take(self, first, places, width)
+
+    monkeypatch.setattr(avx512_experts.Avx512Experts, "_take_h", counted)
+    call = _call(1000, 3)
+
+    assert_close(ours.compute(*call), reference.compute(*call), torch.bfloat16)
+    assert sum(taken) == 3000
+    assert max(taken) <= 96
+
+
 def test_more_pairs_of_a_row_than_are_kept_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avx512_experts, "_ROW_PAIRS", 3)
     ours, reference = _pair()
