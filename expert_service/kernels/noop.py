@@ -59,7 +59,7 @@ class NoopBackend:
         asked_RK = np.where(expert_ids_RK.numpy() >= 0, weights_RK.numpy(), np.float32(0.0))
         total_R1 = torch.from_numpy(np.add.reduce(asked_RK, 1, keepdims=True))
         if len(hidden_RH) >= _MANY_ROWS:
-            each = torch.arange(len(hidden_RH))
-            return sum_by_row(hidden_RH, total_R1[:, 0], each, each)
+            offsets_R1 = torch.arange(len(hidden_RH) + 1)
+            return sum_by_row(hidden_RH, total_R1[:, 0], offsets_R1[:-1], offsets_R1)
         out_RH = torch.empty_like(hidden_RH)
         return torch.mul(hidden_RH, total_R1, out=out_RH)
