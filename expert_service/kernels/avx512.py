@@ -17,7 +17,7 @@ import torch
 
 from expert_service.kernels.onednn_cpu import fall_back, has_tiles
 
-BLOCK = 64  # outputs: see `avx512_ir`
+BLOCK = 64  # outputs that are computed together: see `avx512_ir`
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 #: More rows of an expert are left to oneDNN where its instructions do more a cycle (AMX), or ours
 #: have to widen bfloat16 first. So few are multiplied sooner than their weights are read.
@@ -25,16 +25,20 @@ _FEW_ROWS = 4
 
 
 class Job(NamedTuple):
-    """The fields of `avx512_ir.JOB`."""
+    """Some rows times some blocks of one matrix or two.
 
-    place: int
+    At `side`, a matrix of bytes has a float32 scale for each output and an int32 by which its sums
+    are too big because rows are unsigned: [N / 64, 2, 64].
+    """
+
+    place: int  # of the first row; the others are at the places after it
     rows: int
     matrix: int  # addresses
     second: int
-    first: int
+    first: int  # block
     stop: int
-    groups: int
-    side: int
+    groups: int  # of inputs, 32 bits each, in a row of a matrix
+    side: int  # addresses
     second_side: int
 
 

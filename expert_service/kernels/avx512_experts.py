@@ -35,7 +35,7 @@ from expert_service.kernels.avx512 import (
 from expert_service.kernels.crew import Crew
 from expert_service.kernels.grouping import Block, BlockSizes, group_by_expert
 from expert_service.kernels.huge_pages import use_huge_pages
-from expert_service.kernels.onednn_formats import round_matrix
+from expert_service.kernels.onednn_formats import ZERO, round_matrix
 from expert_service.kernels.sharing import cost_of, cut, share
 from expertmesh.model import ExpertWeights, ModelSpec
 
@@ -51,7 +51,6 @@ _TAKE_BYTES = 64 << 20
 _WAKE_BYTES = 256 << 10
 #: Threads rather wait for the slowest, as long as reading so many bytes takes, than meet twice.
 _MEET_BYTES = 1 << 20
-_ZERO = 128  # what a row in bytes has added, to be unsigned
 #: Rows that are summed, or rounded, by one thread at a time.
 _SUM_ROWS = 256
 #: Of a row that is alone, so many experts are grouped in memory that is kept.
@@ -74,7 +73,7 @@ class InBlocks(NamedTuple):
 
     width: int  # I
     matrices: Sequence[int]
-    sides: Sequence[int]  # see `avx512_ir.JOB`; 0 where there is none
+    sides: Sequence[int]  # see `Job`; 0 where there is none
     kept: Any
 
 
@@ -133,7 +132,7 @@ class Avx512Experts:
         self, weights: ExpertWeights, addresses: Sequence[int], kept: object
     ) -> InBlocks | None:
         """The same in memory that `kept` keeps, if its content is the same: oneDNN's layout is its
-        own affair, and depends on the CPU and the number of threads."""
+        own affair: of small matrices of bytes it depends on the number of threads."""
         own = self.pack(weights, lambda: None)
         blocks, sides = own.kept
         if not all(map(is_packed_at, addresses, blocks)):
@@ -279,8 +278,8 @@ class Avx512Experts:
 
 
 def _side(rounded: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
-    """What a matrix of bytes has beside its blocks: see `avx512_ir.JOB`."""
-    excess_N = _ZERO * rounded.sum(dim=1, dtype=torch.int32)
+    """What a matrix of bytes has beside its blocks: see `Job`."""
+    excess_N = ZERO * rounded.sum(dim=1, dtype=torch.int32)
     both = scale_N.view(torch.int32).view(-1, BLOCK), excess_N.view(-1, BLOCK)
     return torch.stack(both, dim=1)
 

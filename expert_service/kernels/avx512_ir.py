@@ -6,7 +6,7 @@ bytes. A group has 32 bits; of one row, 64 sums are four vectors of 16. The sums
 registers while a block is read from start to end, which is the order of its addresses: the CPU's
 prefetchers need no help. More rows find it in L2.
 
-All functions take whole jobs (`JOB`); addresses and numbers are i64.
+All functions take whole jobs (`avx512.Job`); addresses and numbers are i64.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
+from expert_service.kernels.avx512 import BLOCK, Job
 from expert_service.kernels.llvm_building import (
     BF16,
     F32,
@@ -36,20 +37,13 @@ from expert_service.kernels.llvm_building import (
     splat,
 )
 
-#: Outputs of one block, and vectors of sums that they make.
-BLOCK, _VECTORS = 64, 4
+#: Vectors of sums that the outputs of one block make.
+_VECTORS = 4
 _LANES = BLOCK // _VECTORS
 #: Rows whose sums fit into AVX-512's 32 registers, beside the weights of one group of inputs.
 ROWS_IN_REGISTERS = 6
 #: Rows whose sums are kept at a time, in L1; the block that they share comes from L2 meanwhile.
 _PANEL = 4 * ROWS_IN_REGISTERS
-#: The fields of a job: `rows` rows, at `place` and the places after it, times the blocks
-#: `first .. stop - 1` of one or two matrices, whose rows have `groups` groups of inputs. At `side`,
-#: a matrix of bytes has a float32 scale for each output and an int32 by which its sums are too big
-#: because rows are unsigned: [N / 64, 2, 64].
-JOB = ("place", "rows", "matrix", "second", "first", "stop", "groups", "side", "second_side")
-
-
 _SUMS = ir.VectorType(F32, _LANES)
 _BITS = ir.VectorType(I32, _LANES)
 _PAIRS = ir.VectorType(BF16, 2 * _LANES)
@@ -344,8 +338,8 @@ def _panels(
     """For every job, each of its blocks, and rows as many as `_PANEL` at a time: the job's fields,
     the block's number, the first row's place and how many they are."""
     with loop(builder, count) as (number, _, _):
-        start = element_at(builder, jobs, builder.mul(number, i64(len(JOB))), I64)
-        job = {name: load(builder, start, I64, at) for at, name in enumerate(JOB)}
+        start = element_at(builder, jobs, builder.mul(number, i64(len(Job._fields))), I64)
+        job = {name: load(builder, start, I64, at) for at, name in enumerate(Job._fields)}
         with (
             loop(builder, job["stop"], start=job["first"]) as (block, _, _),
             loop(builder, job["rows"], step=_PANEL) as (done, _, _),

@@ -168,7 +168,7 @@ class Int8Expert(NamedTuple):
 
 
 #: oneDNN's vector kernels multiply unsigned with signed bytes: rows are kept with this added.
-_ZERO = 128
+ZERO = 128
 _LARGEST = 127
 
 
@@ -241,7 +241,7 @@ def _multiply(
 ) -> torch.Tensor:
     """Rows times a matrix, [M, N] of `dtype`; the rows' own scales are left to the caller."""
     product: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        *(x_MK, 1.0, _ZERO),
+        *(x_MK, 1.0, ZERO),
         *matrix,
         *(None, 1.0, 0, dtype),
         *("none", [], ""),
@@ -258,7 +258,7 @@ def _round_rows(x_RH: torch.Tensor, *, in_place: bool) -> Rows:
     largest_R1 = torch.linalg.vector_norm(x_RH, ord=torch.inf, dim=1, keepdim=True)
     factor_R1 = _LARGEST / largest_R1.clamp(min=torch.finfo(torch.float32).tiny)
     shifted_RH = x_RH.mul_(factor_R1) if in_place else x_RH * factor_R1
-    return Rows(shifted_RH.add_(_ZERO + 0.5).to(torch.uint8), largest_R1.div_(_LARGEST))
+    return Rows(shifted_RH.add_(ZERO + 0.5).to(torch.uint8), largest_R1.div_(_LARGEST))
 
 
 def round_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
