@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import socket
 import threading
+import traceback
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.node import Node
 
 from expertmesh.errors import ConfigError
 
 _PROBE_S = 3.0  # to find out whether anybody listens at a Ray address
+_LINES = 5  # of what a process of Ray's said before it ended
+_ERROR = re.compile(r"^\[[^]]* [EC] ")  # how a line of Ray's log begins that tells of an error
 
 
 class RaySession:
@@ -58,7 +64,8 @@ def connect(address: str | None) -> RaySession:
     except Exception as error:  # Ray raises bare ones, too
         ray.shutdown()
         what = f"join Ray at {address!r}" if address else "start Ray on this machine"
-        raise ConfigError(f"cannot {what}: {error}") from None
+        why = "".join((str(error), *_abandon(error)))
+        raise ConfigError(f"cannot {what}: {why}") from None
     # Ray takes SIGTERM over. A process without a handler of its own would end at once, and leave
     # its cluster to itself, so there Ray's stays.
     if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -72,6 +79,39 @@ def _arguments(address: str | None) -> dict[str, Any]:
     if address is None:
         return {"address": "local", "include_dashboard": False, **quiet}
     return {"address": address, **quiet}
+
+
+def _abandon(error: Exception) -> list[str]:
+    """Ends what a node that did not start has started, and says which of it had ended by itself.
+
+    Ray forgets such a node and leaves its processes running: nothing but the frames of the error
+    leads to them.
+    """
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    owners = (frame.f_locals.get("self") for frame in frames)
+    node = next((owner for owner in owners if isinstance(owner, Node)), None)
+    if node is None or not node.all_processes:
+        return []
+    logs = Path(node.get_logs_dir_path())
+    ended = [
+        f"\n{name} ended with {code}: {_last_words(logs, name)}"
+        for name, infos in node.all_processes.items()
+        if (code := infos[0].process.poll()) is not None
+    ]
+    node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    return [*ended, f"\nRay's logs are in {logs}"]
+
+
+def _last_words(logs: Path, name: str) -> str:
+    """What a process said of its end: its first errors, else the end of what it said."""
+    said = [
+        line
+        for kind in ("err", "out")
+        if (log := logs / f"{name}.{kind}").exists()
+        for line in log.read_text(errors="replace").splitlines()
+    ]
+    errors = [line for line in said if _ERROR.match(line)]
+    return "\n".join(errors[:_LINES] or said[-_LINES:]) or "it said nothing"
 
 
 def _probe(address: str) -> None:

@@ -1,0 +1,54 @@
+"""Ray that cannot be started here: why, in words, and nothing of it left running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from expertmesh import ConfigError
+from fleet import ray_session
+
+pytestmark = pytest.mark.ray
+
+
+def test_what_had_started_ends_when_ray_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+    before = set(psutil.Process().children())
+    # Ray refuses a debugger without tmux when it comes to its raylet, after all else has started.
+    monkeypatch.setenv("RAY_RAYLET_GDB", "1")
+
+    with pytest.raises(ConfigError) as failure:
+        ray_session.connect(None)
+
+    said = str(failure.value)
+    assert said.startswith("cannot start Ray on this machine: ")
+    logs = Path(said.rpartition("Ray's logs are in ")[2])
+    assert (logs / "gcs_server.out").exists(), "Ray's first process had started"
+    assert set(psutil.Process().children()) == before
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            {
+                "raylet.err": "[2026-11-29 22:58:15,381 C 7 7] (raylet) main.cc:1: Check failed\n",
+                "raylet.out": "[2026-11-29 22:58:15,380 I 7 7] (raylet) main.cc:2: all is well\n",
+            },
+            "[2026-11-29 22:58:15,381 C 7 7] (raylet) main.cc:1: Check failed",
+        ),
+        ({"raylet.err": "", "raylet.out": "1\n2\n3\n4\n5\n6\n"}, "2\n3\n4\n5\n6"),
+        ({}, "it said nothing"),
+    ],
+)
+def test_its_first_errors_are_told_of_a_process_that_ended_else_its_last_lines(
+    tmp_path: Path, said: dict[str, str], told: str
+) -> None:
+    for name, text in said.items():
+        (tmp_path / name).write_text(text)
+
+    assert ray_session._last_words(tmp_path, "raylet") == told
