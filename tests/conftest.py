@@ -16,6 +16,11 @@ import psutil
 import pytest
 import torch
 
+from expertmesh.rpc import engine  # before any test imports grpc
+
+# Else a part of what Ray forks from this process dies before it is what it was to be.
+assert engine.APPLIED, "somebody imported grpc before expertmesh.rpc.engine"
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel's module is imported; without a GPU nothing else runs a kernel.
     os.environ["TRITON_INTERPRET"] = "1"

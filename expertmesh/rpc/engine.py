@@ -26,7 +26,10 @@ _SETTINGS = {
     "GRPC_ENABLE_FORK_SUPPORT": "0",
 }
 
-if "grpc" not in sys.modules:
+#: Whether gRPC has these settings, and was not imported by somebody else before.
+APPLIED = "grpc" not in sys.modules
+
+if APPLIED:
     _ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
     os.environ.update(_ours)
     try:
