@@ -114,7 +114,10 @@ class Router:
         gate = self.model.gates.get(layer.index)
         bias = snapshot.biases.get(layer.index, gate.bias if gate is not None else None)
         sampled = self.meter.rows(layer.index, rows if snapshot.mode == "adaptive" else 0)
-        batch = await self._math(rows, routing.route_batch, requests, layer, gate, bias, sampled)
+        kernel = self.model.kernels.get(layer.index)
+        batch = await self._math(
+            rows, routing.route_batch, requests, layer, gate, bias, sampled, kernel
+        )
         if batch.sample is not None:
             self.meter.take(layer.index, batch.sample)
         result = await self._fanout.run(batch, layer.index, snapshot, deadline)

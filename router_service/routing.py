@@ -12,7 +12,8 @@ import torch
 
 from expertmesh import gating
 from expertmesh.codec.messages import ForwardRequest
-from expertmesh.model import GateWeights, LayerSpec
+from expertmesh.model import GateSpec, GateWeights, LayerSpec
+from router_service.kernels.avx512_gate import Avx512Gate
 
 _NO_ROWS: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -44,52 +45,66 @@ def route_batch(
     gate: GateWeights | None,
     bias: torch.Tensor | None,
     sampled: npt.NDArray[np.int64] = _NO_ROWS,
+    kernel: Avx512Gate | None = None,
 ) -> RoutedBatch:
     """Merges requests for one layer, in one dtype, and gates those whose caller has not.
 
     `bias` [E] float32 is the whole serving bias; it selects and never weighs. `sampled` are rows
-    of the batch to be sampled.
+    of the batch to be sampled. `kernel` is the gate in code of our own, where there is one.
     """
     states = [request.hidden_states for request in requests]
     hidden = states[0] if len(states) == 1 else torch.cat(states)
     columns = _routed_columns(requests, layer)
-    samples: list[Sample] = []
-    if gate is not None and all(request.expert_ids is None for request in requests):
-        routing = _gate(hidden, layer, gate, bias, sampled, samples)
+    gating_here = None
+    if gate is not None and layer.gate is not None:
+        gating_here = _Gate(gate, layer.gate, bias, kernel)
+    if gating_here is not None and all(request.expert_ids is None for request in requests):
+        routing = gating_here.route(hidden, sampled)
         ids, weights = routing.expert_ids.numpy(), routing.weights.numpy()
     else:
-        shape = (len(hidden), columns)
-        ids, weights = _mixed(requests, layer, gate, bias, shape, sampled, samples)
+        ids, weights = _mixed(requests, layer, gating_here, (len(hidden), columns), sampled)
     if layer.has_shared:
         shared_ids, shared_weights = _shared(requests, layer, gate, hidden)
         ids = np.concatenate((ids, shared_ids), 1)
         weights = np.concatenate((weights, shared_weights), 1)
-    return RoutedBatch(hidden, ids, weights, columns, _joined(samples))
+    sample = gating_here.sample() if gating_here is not None else None
+    return RoutedBatch(hidden, ids, weights, columns, sample)
 
 
-def _gate(
-    hidden: torch.Tensor,
-    layer: LayerSpec,
-    gate: GateWeights,
-    bias: torch.Tensor | None,
-    sampled: npt.NDArray[np.int64],
-    samples: list[Sample],
-) -> gating.Routing:
-    """Gates rows, and adds those of them that are `sampled` to `samples`."""
-    spec = layer.gate
-    assert spec is not None, "a layer with gate weights has a gate"
-    logits = gating.logits(hidden, gate, spec)
-    routing = gating.select(logits, spec, bias)
-    if len(sampled):
-        rows = torch.from_numpy(sampled)
-        samples.append(Sample(gating.scores(logits[rows], spec), routing.expert_ids[rows]))
-    return routing
+class _Gate:
+    """One layer's gate for one batch: routes rows, and keeps samples of them."""
 
+    def __init__(
+        self,
+        weights: GateWeights,
+        spec: GateSpec,
+        bias: torch.Tensor | None,
+        kernel: Avx512Gate | None,
+    ) -> None:
+        self._weights = weights
+        self._spec = spec
+        self._bias = bias
+        self._kernel = kernel
+        self._samples: list[Sample] = []
 
-def _joined(samples: list[Sample]) -> Sample | None:
-    if len(samples) < 2:
-        return samples[0] if samples else None
-    return Sample(*(torch.cat(parts) for parts in zip(*samples, strict=True)))
+    def route(self, hidden: torch.Tensor, sampled: npt.NDArray[np.int64]) -> gating.Routing:
+        """Gates rows, of which `sampled` are samples."""
+        if self._kernel is not None and self._kernel.takes(hidden):
+            logits, routing = self._kernel.route(hidden, self._bias)
+        else:
+            logits = gating.logits(hidden, self._weights, self._spec)
+            routing = gating.select(logits, self._spec, self._bias)
+        if len(sampled):
+            rows = torch.from_numpy(sampled)
+            scores = gating.scores(logits[rows], self._spec)
+            self._samples.append(Sample(scores, routing.expert_ids[rows]))
+        return routing
+
+    def sample(self) -> Sample | None:
+        """All samples so far."""
+        if len(self._samples) < 2:
+            return self._samples[0] if self._samples else None
+        return Sample(*(torch.cat(parts) for parts in zip(*self._samples, strict=True)))
 
 
 def _routed_columns(requests: Sequence[ForwardRequest], layer: LayerSpec) -> int:
@@ -102,11 +117,9 @@ def _routed_columns(requests: Sequence[ForwardRequest], layer: LayerSpec) -> int
 def _mixed(
     requests: Sequence[ForwardRequest],
     layer: LayerSpec,
-    gate: GateWeights | None,
-    bias: torch.Tensor | None,
+    gate: _Gate | None,
     shape: tuple[int, int],
     sampled: npt.NDArray[np.int64],
-    samples: list[Sample],
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Ids and weights of requests that differ in who gates or in k; short rows end in -1."""
     ids = np.full(shape, -1, np.int32)
@@ -118,9 +131,9 @@ def _mixed(
             k = request.expert_ids.shape[1]
             ids[start:stop, :k] = request.expert_ids.numpy()
             weights[start:stop, :k] = request.expert_weights.numpy()
-        elif gate is not None and layer.gate is not None:
+        elif gate is not None:
             own = sampled[(sampled >= start) & (sampled < stop)] - start
-            routing = _gate(request.hidden_states, layer, gate, bias, own, samples)
+            routing = gate.route(request.hidden_states, own)
             ids[start:stop, : layer.top_k] = routing.expert_ids.numpy()
             weights[start:stop, : layer.top_k] = routing.weights.numpy()
         start = stop

@@ -19,6 +19,7 @@ from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
 from router_service import metrics
 from router_service.controller_link import ControllerLink
+from router_service.kernels.avx512_gate import Avx512Gate, create_avx512_gate
 from router_service.pool import ExpertPool
 from router_service.router import Router
 from router_service.servicer import SERVICE, RouterServicer
@@ -34,16 +35,20 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Mode
 
     `dtype` is what the servers compute in, None for the checkpoint's own.
     """
-    gates = {}
+    gates: dict[int, GateWeights] = {}
+    kernels: dict[int, Avx512Gate] = {}
     for layer in checkpoint.spec.layers:
         if layer.gate is not None:
             gate = checkpoint.read_gate(layer.index)
             if layer.gate.logits_float32:  # converted once here instead of for every batch
                 gate = GateWeights(gate.weight.float(), gate.bias, gate.shared_gate)
             gates[layer.index] = gate
+            if (kernel := create_avx512_gate(gate, layer.gate)) is not None:
+                kernels[layer.index] = kernel
         elif layer.num_experts:
             raise CheckpointError(f"layer {layer.index} has experts but no gate")
-    return Model(checkpoint.spec, gates, checkpoint.digest, dtype or checkpoint.spec.dtype)
+    dtype = dtype or checkpoint.spec.dtype
+    return Model(checkpoint.spec, gates, checkpoint.digest, dtype, kernels)
 
 
 class RouterServer:

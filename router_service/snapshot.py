@@ -12,6 +12,7 @@ from expertmesh.codec.slots import slots_of
 from expertmesh.model import GateWeights, LayerSpec, ModelSpec
 from expertmesh.placement import SlotMap
 from expertmesh.v1 import control_pb2
+from router_service.kernels.avx512_gate import Avx512Gate
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Model:
     gates: Mapping[int, GateWeights]  # by index of each MoE layer
     digest: str
     dtype: torch.dtype  # in which the servers compute
+    #: By index: the gate in code of our own, of layers and CPUs that it is for.
+    kernels: Mapping[int, Avx512Gate] = field(default_factory=dict)
 
     def layer(self, index: int) -> LayerSpec | None:
         """The layer of that index, or None."""

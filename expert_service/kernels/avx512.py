@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from expert_service.kernels.onednn_cpu import fall_back, has_tiles
+from expertmesh.kernels.compiling import Library, Matrix, has_compiler, has_dot
 
-BLOCK = 64  # outputs that are computed together: see `avx512_ir`
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 #: More rows of an expert are left to oneDNN where its instructions do more a cycle (AMX), or ours
 #: have to widen bfloat16 first. So few are multiplied sooner than their weights are read.
@@ -40,13 +39,6 @@ class Job(NamedTuple):
     groups: int  # of inputs, 32 bits each, in a row of a matrix
     side: int  # addresses
     second_side: int
-
-
-class Matrix(NamedTuple):
-    """Rows in memory that somebody else keeps."""
-
-    address: int
-    stride: int  # elements from a row to the next
 
 
 class Rows(NamedTuple):
@@ -78,16 +70,12 @@ class Pairs(NamedTuple):
 class Kernels:
     """The compiled functions. Any number of threads may call them at the same time."""
 
-    def __init__(self, engine: Any, most_rows: int | None) -> None:
-        """`engine` holds the code; `most_rows` is up to how many rows of an expert it is faster
-        than oneDNN's, None for any."""
-        self._engine = engine
+    def __init__(self, library: Library, most_rows: int | None) -> None:
+        """`most_rows` is up to how many rows of an expert they are faster than oneDNN's, None for
+        any."""
+        self._library = library
         self.most_rows = most_rows
-
-        def function(name: str, parameters: str) -> Callable[..., None]:
-            # Called without the GIL.
-            kinds = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in parameters]
-            return ctypes.CFUNCTYPE(None, *kinds)(engine.get_function_address(name))
+        function = library.function
 
         def functions(name: str, parameters: str) -> dict[torch.dtype, Callable[..., None]]:
             return {
@@ -145,44 +133,20 @@ def compile_kernels(weights: str) -> Kernels | None:
         return None
     if weights == "int8" and not torch.cpu._is_vnni_supported():
         return None
-    if importlib.util.find_spec("llvmlite") is None:
+    if not has_compiler():
         fall_back("llvmlite is not installed: products are oneDNN's, slower for few rows")
         return None
-    return Kernels(*_compile(weights))
+    return Kernels(*_compile(weights, has_dot()))
 
 
-def _compile(weights: str, has_dot: bool | None = None) -> tuple[Any, int | None]:
-    """What `Kernels` asks for; `has_dot` is for `generate`, and as the CPU says if not given."""
+def _compile(weights: str, with_dot: bool) -> tuple[Library, int | None]:
+    """What `Kernels` asks for; `with_dot` is for `generate`."""
     # Here, so that nobody who does without needs llvmlite.
-    from llvmlite import binding
-
     from expert_service.kernels.avx512_ir import generate
 
-    features = binding.get_host_cpu_features()
-    if has_dot is None:
-        has_dot = bool(features.get("avx512bf16"))
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=3
-    )
-    module = binding.parse_assembly(generate(weights, has_dot=has_dot))
-    options = binding.create_pipeline_tuning_options(speed_level=2)
-    builder = binding.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(module, builder)
-    engine = binding.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
-    is_slow = weights == "bf16" and not has_dot
-    return engine, _FEW_ROWS if is_slow or has_tiles() else None
-
-
-def pack_blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix [N, K] of bfloat16 or int8 in the blocks that the kernels read; N and K are whole
-    blocks. int32 [N / 64, groups, 64]."""
-    outputs, inputs = matrix.shape
-    groups = inputs * matrix.itemsize // 4
-    words = matrix.contiguous().view(torch.int32).view(outputs // BLOCK, BLOCK, groups)
-    return words.transpose(1, 2).contiguous()
+    library = Library(generate(weights, has_dot=with_dot))
+    is_slow = weights == "bf16" and not with_dot
+    return library, _FEW_ROWS if is_slow or has_tiles() else None
 
 
 def is_packed_at(address: int, blocks: torch.Tensor) -> bool:

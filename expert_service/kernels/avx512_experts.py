@@ -22,21 +22,19 @@ from typing import Any, NamedTuple
 import torch
 
 from expert_service.kernels.avx512 import (
-    BLOCK,
     Job,
     Kernels,
-    Matrix,
     Pairs,
     Rows,
     compile_kernels,
     is_packed_at,
-    pack_blocks,
 )
 from expert_service.kernels.crew import Crew
 from expert_service.kernels.grouping import Block, BlockSizes, group_by_expert
 from expert_service.kernels.huge_pages import use_huge_pages
 from expert_service.kernels.onednn_formats import ZERO, round_matrix
 from expert_service.kernels.sharing import cost_of, cut, share
+from expertmesh.kernels.compiling import BLOCK, Matrix, pack_blocks
 from expertmesh.model import ExpertWeights, ModelSpec
 
 #: Rows of an expert that are one piece of work: 8 ms at most for an expert of DeepSeek-V2-Lite, in

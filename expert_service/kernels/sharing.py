@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expert_service.kernels.avx512 import BLOCK, Job
+from expert_service.kernels.avx512 import Job
+from expertmesh.kernels.compiling import BLOCK
 
 #: A block's arithmetic for so many rows takes as long as its reading, which other threads do, too
 #: (one of two threads, an AMD EPYC: 16 GB/s each, 1.1 microseconds a row and 2048 inputs).

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from benchmarks.harness import relative_error
 from expert_service.kernels import avx512, avx512_experts
-from expert_service.kernels.avx512 import Job, Kernels, Matrix, Pairs, Rows, compile_kernels
+from expert_service.kernels.avx512 import Job, Kernels, Pairs, Rows, compile_kernels
 from expert_service.kernels.onednn import OneDnnBackend
 from expert_service.kernels.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
+from expertmesh.kernels.compiling import Matrix, has_compiler, has_dot
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(
-    not torch.cpu._is_avx512_supported() or importlib.util.find_spec("llvmlite") is None,
+    not torch.cpu._is_avx512_supported() or not has_compiler(),
     reason="needs AVX-512 and llvmlite",
 )
 EXPERTS = 6  # routed; id 6 is the shared one, twice as wide
@@ -33,9 +34,9 @@ H, I = 192, 128  # noqa: E741 # as in the kernels' formulas
 @pytest.fixture(scope="module", params=[True, False], ids=["dot", "widened"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """The code for CPUs with AVX-512 BF16, and for those without."""
-    if request.param and not torch.cpu._is_avx512_bf16_supported():
+    if request.param and not has_dot():
         pytest.skip("needs AVX-512 BF16")
-    return Kernels(*avx512._compile("bf16", has_dot=request.param))
+    return Kernels(*avx512._compile("bf16", request.param))
 
 
 class Packed:
@@ -53,7 +54,7 @@ def _matrix(outputs: int, inputs: int, seed: int = 0) -> Packed:
 
 
 def _address(tensor: torch.Tensor) -> Matrix:
-    return Matrix(tensor.data_ptr(), tensor.stride(0))
+    return Matrix.of(tensor)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 12, 24, 25, 61])
@@ -154,7 +155,7 @@ def byte_kernels() -> Kernels:
     """The code for weights in bytes."""
     if not torch.cpu._is_vnni_supported():
         pytest.skip("needs AVX-512 VNNI")
-    return Kernels(*avx512._compile("int8"))
+    return Kernels(*avx512._compile("int8", True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -409,8 +410,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _compile_for_few(weights: str) -> Kernels:
-    engine, _ = avx512._compile(weights)
-    return Kernels(engine, most_rows=4)
+    library, _ = avx512._compile(weights, has_dot())
+    return Kernels(library, most_rows=4)
 
 
 @pytest.mark.parametrize("form", ["auto", "int8"])

@@ -1,0 +1,1 @@
+"""Code for CPUs that is made while a service starts: what the services' own kernels share."""

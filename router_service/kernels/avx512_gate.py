@@ -1,0 +1,114 @@
+"""A gate in one call of our own code, on CPUs with AVX-512 BF16: logits, scores and choice.
+
+It computes what `expertmesh.gating.route` does, for hidden states and weights in bfloat16. Logits
+are then sums in float32 of exact products, at two and a half times the speed of a product in
+float32 (64 rows, 256 experts: 0.3 instead of 0.75 ms on one thread), and the choice costs nothing
+that can be seen, where torch takes seven calls on caches that are cold between two requests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from expertmesh.gating import Routing
+from expertmesh.kernels.compiling import BLOCK, Library, has_compiler, has_dot, pack_blocks
+from expertmesh.model import GateSpec, GateWeights
+
+#: What a thread is given is worth its waking.
+_THREAD_ROWS = 128
+#: More rows are only worth it where most of a block is experts, and not padding.
+_FEW_ROWS = 128
+_MOST_GROUPS = 16  # scores of groups are in one vector
+_LANES = 16
+#: Every expert's score is in a register, or nearly.
+_MOST_EXPERTS = 512
+
+
+class Avx512Gate:
+    """The gate of one layer. Any number of threads may use it at the same time."""
+
+    def __init__(self, weight: torch.Tensor, spec: GateSpec) -> None:
+        """`weight` [E, H] is of numbers that bfloat16 has. See `create_avx512_gate`."""
+        self._spec = spec
+        self._experts = len(weight)
+        self._outputs = -(-len(weight) // BLOCK) * BLOCK
+        padded = torch.zeros(self._outputs, weight.shape[1], dtype=torch.bfloat16)
+        padded[: len(weight)] = weight
+        self._blocks = pack_blocks(padded)
+        self._route, self._rows = _compile(spec, self._experts)
+
+    def takes(self, hidden_TH: torch.Tensor) -> bool:
+        """Whether it can route such rows."""
+        if hidden_TH.dtype != torch.bfloat16 or hidden_TH.stride(1) != 1:
+            return False
+        return len(hidden_TH) <= _FEW_ROWS or 2 * self._experts >= BLOCK
+
+    def route(
+        self, hidden_TH: torch.Tensor, bias_E: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Routing]:
+        """Logits [T, E] float32, and what they choose under the bias; see `gating.select`."""
+        rows, outputs, groups = len(hidden_TH), self._outputs, self._blocks.shape[1]
+        bias = self._padded(bias_E)
+        logits = torch.empty(rows, outputs)
+        ids = torch.empty(rows, self._spec.top_k, dtype=torch.int32)
+        weights = torch.empty(rows, self._spec.top_k)
+        tensors = logits, ids, weights
+        x, stride = hidden_TH.data_ptr(), hidden_TH.stride(0)
+        matrix = self._blocks.data_ptr()
+        places = bias.data_ptr(), *(tensor.data_ptr() for tensor in tensors)
+
+        def route(start: int, stop: int) -> None:
+            self._route(start, stop, x, stride, self._rows.data_ptr(), matrix, groups, *places)
+
+        threads = min(torch.get_num_threads(), rows // _THREAD_ROWS)
+        if threads < 2:
+            route(0, rows)
+        else:
+            bounds = [rows * part // threads for part in range(threads + 1)]
+            list(_threads().map(route, bounds[:-1], bounds[1:]))
+        return logits[:, : self._experts], Routing(ids, weights)
+
+    def _padded(self, bias_E: torch.Tensor | None) -> torch.Tensor:
+        """The bias of as many experts as the blocks have room for."""
+        if bias_E is not None and len(bias_E) == self._outputs:
+            return bias_E.contiguous()
+        bias = torch.zeros(self._outputs)
+        if bias_E is not None:
+            bias[: self._experts] = bias_E
+        return bias
+
+
+def create_avx512_gate(gate: GateWeights, spec: GateSpec) -> Avx512Gate | None:
+    """The gate of one layer; None where `expertmesh.gating` has to do, because the CPU has no
+    AVX-512 BF16, llvmlite is not installed, or the model is not for it: weights that bfloat16 does
+    not have, or groups that are no whole vectors."""
+    experts, hidden = gate.weight.shape
+    groups = spec.n_group if spec.topk_group < spec.n_group else 1
+    fits = hidden % 2 == 0 and experts <= _MOST_EXPERTS and groups <= _MOST_GROUPS
+    if groups > 1 and experts // groups % _LANES:
+        fits = False
+    if not (fits and has_dot() and has_compiler()):
+        return None
+    weight = gate.weight.bfloat16()
+    return Avx512Gate(weight, spec) if torch.equal(weight.float(), gate.weight.float()) else None
+
+
+@functools.cache
+def _compile(spec: GateSpec, experts: int) -> tuple[Callable[..., None], torch.Tensor]:
+    """The code, and the numbers of rows that it asks for; once a process and kind of layer."""
+    # Here, so that nobody who does without needs llvmlite.
+    from router_service.kernels.avx512_gate_ir import PIECE, generate
+
+    library = Library(generate(spec, experts))
+    route = library.function("route", "iipippipppp")
+    route.library = library  # type: ignore[attr-defined] # it keeps the code
+    return route, torch.arange(PIECE)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="gate")
