@@ -107,7 +107,7 @@ class DeviceRunner:
         if not self._quick.expects(job_key, rows) or not self._device.acquire(blocking=False):
             return None
         self.use.enter()
-        started_at_ns = time.perf_counter_ns()
+        started_at_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         try:
             with torch.inference_mode():
                 output = self._shard.execute(
@@ -116,12 +116,13 @@ class DeviceRunner:
                     request.expert_ids,
                     request.expert_weights,
                 )
+            cpu_ns = time.thread_time_ns() - cpu_ns
             took_ns = time.perf_counter_ns() - started_at_ns
             self.use.worked(took_ns)
         finally:
             self._device.release()
             self.use.leave()
-        self._quick.learn(job_key, rows, took_ns)
+        self._quick.learn(job_key, rows, cpu_ns)
         response = ExecuteResponse(hidden_states=output, compute_us=took_ns // 1000)
         self._observe(response, rows)
         return response
@@ -232,7 +233,7 @@ class DeviceRunner:
         return not job.future.done()
 
     def _compute(self, pieces: list[Piece]) -> None:
-        started_at_ns = time.perf_counter_ns()
+        started_at_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
         jobs: list[_Request] = [piece.job for piece in pieces]  # type: ignore[misc]
         try:
             outputs = self._execute(jobs, pieces)
@@ -243,7 +244,7 @@ class DeviceRunner:
         took_ns = time.perf_counter_ns() - started_at_ns
         self.use.worked(took_ns)
         if len(pieces) == 1 and pieces[0].stop == jobs[0].rows:
-            self._quick.learn(jobs[0].key, jobs[0].rows, took_ns)
+            self._quick.learn(jobs[0].key, jobs[0].rows, time.thread_time_ns() - cpu_ns)
         for job, piece, output in zip(jobs, pieces, outputs, strict=True):
             job.compute_ns += took_ns
             job.outputs.append(output)
@@ -293,8 +294,9 @@ def _key(request: ExecuteRequest) -> tuple[Hashable, int]:
 class QuickWork:
     """Knows which requests take so little time that a thread hop would be the longer part.
 
-    Measured times of single requests, by kind and size; one slow outlier sends a kind back to the
-    device thread, where it is measured again.
+    What single requests took of their thread, by kind and size; one slow outlier sends a kind back
+    to the device thread, where it is measured again. Time in which other processes had the core
+    does not count: it would send what is quick on the longer way just when cores are wanted.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -307,7 +309,7 @@ class QuickWork:
         return self._usual_ns.get((key, rows.bit_length()), math.inf) < self._limit_ns
 
     def learn(self, key: Hashable, rows: int, took_ns: int) -> None:
-        """Notes how long one request took."""
+        """Notes how much of its thread's time one request took."""
         size = (key, rows.bit_length())
         usual = self._usual_ns.get(size, float(took_ns))
         self._usual_ns[size] = usual + 0.2 * (took_ns - usual)
