@@ -29,6 +29,12 @@ ONLY_IN = {
     "ray": ("expert_service/actor.py", "fleet/", "tests/", "benchmarks/"),
     # It pulls Ray in, without which the services run too.
     "expert_service.actor": ("fleet/", "tests/", "benchmarks/"),
+    "llvmlite": (
+        "expertmesh/kernels/",
+        "expert_service/kernels/",
+        "router_service/kernels/",
+        "tests/",
+    ),
     "prometheus_client": ("expertmesh/telemetry/", "tests/"),
     "triton": ("expert_service/kernels/", "router_service/kernels/", "tests/", "benchmarks/"),
     # The demo shows that the cluster and the model in process write the same text.
