@@ -286,9 +286,10 @@ class DeviceRunner:
 
 def _key(request: ExecuteRequest) -> tuple[Hashable, int]:
     """(what requests that can be computed together have in common, rows)."""
-    hidden, ids = request.hidden_states, request.expert_ids
-    key = (request.layer, hidden.dtype, hidden.shape[1:], ids.shape[1:])
-    return key, len(hidden) if hidden.dim() else 0
+    hidden = request.hidden_states
+    shape = hidden.shape
+    key = (request.layer, hidden.dtype, shape[1:], request.expert_ids.shape[1:])
+    return key, shape[0] if shape else 0
 
 
 class QuickWork:

@@ -153,7 +153,10 @@ class AsyncMesh:
             response = await ask_narrow(
                 request, self._wire_dtype, "a router", lambda: self._forward(request, deadline)
             )
-        return response.hidden_states.to(hidden.device).view(hidden.shape)
+        output = response.hidden_states
+        if output.shape == hidden.shape and output.device == hidden.device:
+            return output
+        return output.to(hidden.device).view(hidden.shape)
 
     async def _forward(self, request: ForwardRequest, deadline: Deadline) -> ForwardResponse:
         avoid: frozenset[str] = frozenset()

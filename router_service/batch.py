@@ -46,7 +46,7 @@ class Member:
     @property
     def rows(self) -> int:
         """Rows of this request."""
-        return len(self.request.hidden_states)
+        return self.request.hidden_states.shape[0]
 
 
 @dataclass(slots=True, eq=False)

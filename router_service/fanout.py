@@ -67,7 +67,7 @@ class _Run:
 
     @property
     def rows(self) -> int:
-        return len(self.batch.hidden)
+        return self.batch.hidden.shape[0]
 
     def count_again(self, part: Part) -> None:
         """Notes that a part's pairs are sent again."""

@@ -56,7 +56,7 @@ class Router:
         layer = validate.check(request, self.model.spec, self.model.layer(request.layer))
         if deadline.timeout is None:
             deadline = Deadline.after(self._config.default_timeout_s)
-        if len(request.hidden_states) == 0:
+        if request.hidden_states.shape[0] == 0:
             answer = self._empty(request, layer)
         else:
             answer = await self._queue(layer, request.hidden_states).answer(request, deadline)
@@ -81,7 +81,7 @@ class Router:
 
     def _queue(self, layer: LayerSpec, hidden: torch.Tensor) -> LayerQueue:
         """Where such a request waits: few rows never wait for, or in one batch with, many."""
-        many = len(hidden) > self._config.small_rows
+        many = hidden.shape[0] > self._config.small_rows
         key = (layer.index, hidden.dtype, many)
         queue = self._queues.get(key)
         if queue is None:

@@ -51,15 +51,16 @@ class NoopBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See Backend."""
-        if len(hidden_RH) == 1:  # Python's own loop over a few pairs takes less than numpy's calls
+        rows = hidden_RH.shape[0]
+        if rows == 1:  # Python's own loop over a few pairs takes less than numpy's calls
             pairs = zip(expert_ids_RK[0].tolist(), weights_RK[0].tolist(), strict=True)
             total = sum(weight for expert, weight in pairs if expert >= 0)
             return torch.mul(hidden_RH, total)
         # In numpy, whose calls cost a third of torch's between two requests.
         asked_RK = np.where(expert_ids_RK.numpy() >= 0, weights_RK.numpy(), np.float32(0.0))
         total_R1 = torch.from_numpy(np.add.reduce(asked_RK, 1, keepdims=True))
-        if len(hidden_RH) >= _MANY_ROWS:
-            offsets_R1 = torch.arange(len(hidden_RH) + 1)
+        if rows >= _MANY_ROWS:
+            offsets_R1 = torch.arange(rows + 1)
             return sum_by_row(hidden_RH, total_R1[:, 0], offsets_R1[:-1], offsets_R1)
         out_RH = torch.empty_like(hidden_RH)
         return torch.mul(hidden_RH, total_R1, out=out_RH)

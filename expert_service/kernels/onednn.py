@@ -161,7 +161,7 @@ class OneDnnBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See `Backend.compute`."""
-        if self._own is not None and self._own.takes(len(hidden_RH)):
+        if self._own is not None and self._own.takes(hidden_RH.shape[0]):
             blocks = self._blocks.get(layer, {})
             return self._own.compute(blocks, hidden_RH, expert_ids_RK, weights_RK)
         return self._compute(self._experts.get(layer, {}), hidden_RH, expert_ids_RK, weights_RK)

@@ -45,13 +45,13 @@ class Avx512Gate:
         """Whether it can route such rows."""
         if hidden_TH.dtype != torch.bfloat16 or hidden_TH.stride(1) != 1:
             return False
-        return len(hidden_TH) <= _FEW_ROWS or 2 * self._experts >= BLOCK
+        return hidden_TH.shape[0] <= _FEW_ROWS or 2 * self._experts >= BLOCK
 
     def route(
         self, hidden_TH: torch.Tensor, bias_E: torch.Tensor | None
     ) -> tuple[torch.Tensor, Routing]:
         """Logits [T, E] float32, and what they choose under the bias; see `gating.select`."""
-        rows, outputs, groups = len(hidden_TH), self._outputs, self._blocks.shape[1]
+        rows, outputs, groups = hidden_TH.shape[0], self._outputs, self._blocks.shape[1]
         bias = self._padded(bias_E)
         logits = torch.empty(rows, outputs)
         ids = torch.empty(rows, self._spec.top_k, dtype=torch.int32)
