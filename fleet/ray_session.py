@@ -15,6 +15,7 @@ import ray
 from ray._private.node import Node
 
 from expertmesh.errors import ConfigError
+from expertmesh.rpc import engine
 
 _PROBE_S = 3.0  # to find out whether anybody listens at a Ray address
 _LINES = 5  # of what a process of Ray's said before it ended
@@ -99,6 +100,11 @@ def _abandon(error: Exception) -> list[str]:
         if (code := infos[0].process.poll()) is not None
     ]
     node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+    if not engine.APPLIED:
+        ended.append(
+            "\ngrpc was imported before expertmesh: its fork support can end what Ray starts; "
+            "import expertmesh first"
+        )
     return [*ended, f"\nRay's logs are in {logs}"]
 
 

@@ -1,9 +1,9 @@
 """A gate in one call of our own code, on CPUs with AVX-512 BF16: logits, scores and choice.
 
 It computes what `expertmesh.gating.route` does, for hidden states and weights in bfloat16. Logits
-are then sums in float32 of exact products, at two and a half times the speed of a product in
-float32 (64 rows, 256 experts: 0.3 instead of 0.75 ms on one thread), and the choice costs nothing
-that can be seen, where torch takes seven calls on caches that are cold between two requests.
+are then sums in float32 of exact products, which AVX-512 BF16 adds up at twice the rate of float32,
+and the choice follows while they are in the cache, where torch takes seven more calls
+(docs/cpu.md has what was measured). The code is `avx512_gate_ir`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +40,7 @@ class Avx512Gate:
         padded = torch.zeros(self._outputs, weight.shape[1], dtype=torch.bfloat16)
         padded[: len(weight)] = weight
         self._blocks = pack_blocks(padded)
-        self._route, self._rows = _compile(spec, self._experts)
+        self._code = _compile(spec, self._experts)
 
     def takes(self, hidden_TH: torch.Tensor) -> bool:
         """Whether it can route such rows."""
@@ -61,8 +62,10 @@ class Avx512Gate:
         matrix = self._blocks.data_ptr()
         places = bias.data_ptr(), *(tensor.data_ptr() for tensor in tensors)
 
+        code = self._code
+
         def route(start: int, stop: int) -> None:
-            self._route(start, stop, x, stride, self._rows.data_ptr(), matrix, groups, *places)
+            code.route(start, stop, x, stride, code.rows.data_ptr(), matrix, groups, *places)
 
         threads = min(torch.get_num_threads(), rows // _THREAD_ROWS)
         if threads < 2:
@@ -97,16 +100,22 @@ def create_avx512_gate(gate: GateWeights, spec: GateSpec) -> Avx512Gate | None:
     return Avx512Gate(weight, spec) if torch.equal(weight.float(), gate.weight.float()) else None
 
 
+class _Code(NamedTuple):
+    """The compiled function, what keeps it, and the numbers of rows that it asks for."""
+
+    library: Library
+    route: Callable[..., None]
+    rows: torch.Tensor
+
+
 @functools.cache
-def _compile(spec: GateSpec, experts: int) -> tuple[Callable[..., None], torch.Tensor]:
-    """The code, and the numbers of rows that it asks for; once a process and kind of layer."""
+def _compile(spec: GateSpec, experts: int) -> _Code:
+    """Once a process and kind of layer."""
     # Here, so that nobody who does without needs llvmlite.
     from router_service.kernels.avx512_gate_ir import PIECE, generate
 
     library = Library(generate(spec, experts))
-    route = library.function("route", "iipippipppp")
-    route.library = library  # type: ignore[attr-defined] # it keeps the code
-    return route, torch.arange(PIECE)
+    return _Code(library, library.function("route", "iipippipppp"), torch.arange(PIECE))
 
 
 @functools.cache

@@ -44,7 +44,7 @@ from expertmesh.kernels.llvm_building import (
 )
 from expertmesh.model import GateSpec
 
-#: Rows that meet every block of the matrix before the next ones do: they stay in L2 meanwhile.
+#: Rows that meet every block of the matrix before the next ones do: in L2, or most of them.
 PIECE = 4 * PANEL
 #: In place of NaN among scores: chosen last, and two of them have a finite sum.
 _NAN = -1e30

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from expertmesh import ConfigError
+from expertmesh.rpc import engine
 from fleet import ray_session
 
 pytestmark = pytest.mark.ray
@@ -29,6 +30,15 @@ def test_what_had_started_ends_when_ray_cannot_be_started(monkeypatch: pytest.Mo
     assert (logs / "gcs_server.out").exists(), "Ray's first process had started"
     assert set(psutil.Process().children()) == before
     assert not ray.is_initialized()
+
+
+def test_who_imported_grpc_first_is_told_what_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+    monkeypatch.setenv("RAY_RAYLET_GDB", "1")
+    monkeypatch.setattr(engine, "APPLIED", False)
+
+    with pytest.raises(ConfigError, match=r"grpc was imported before expertmesh: .*\nRay's logs"):
+        ray_session.connect(None)
 
 
 @pytest.mark.parametrize(
