@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +22,15 @@ from router_service.kernels.avx512_gate import Avx512Gate, create_avx512_gate
 from router_service.routing import route_batch
 from router_service.server import read_model
 from tests.checkpoints import make_checkpoint
+from tests.gates import V3
 
 pytestmark = pytest.mark.skipif(
     not has_dot() or not has_compiler(), reason="needs AVX-512 BF16 and llvmlite"
 )
 HIDDEN = 96
-V3 = GateSpec(
-    score="sigmoid",
-    top_k=8,
-    n_group=8,
-    topk_group=4,
-    group_score="top2_sum",
-    renormalize=True,
-    renormalize_eps=1e-20,
-    scale=2.5,
-    logits_float32=True,
-)
 #: (experts, spec): DeepSeek-V3, -V2-Lite, V2 with its groups, Qwen2-MoE, Mixtral, Kimi-K2.
 FAMILIES = {
-    "v3": (256, V3),
+    "v3": (256, replace(V3, logits_float32=True)),
     "v2-lite": (64, GateSpec(score="softmax", top_k=6, logits_float32=True)),
     "v2": (
         128,

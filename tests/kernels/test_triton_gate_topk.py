@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from expertmesh.gating import Routing, check_gate, select
 from expertmesh.model import GateSpec
 from router_service.kernels.gate_topk import gate_topk
+from tests.gates import V3
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -17,16 +18,6 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 
 QWEN3 = GateSpec(score="softmax", top_k=8, renormalize=True)
 V2 = GateSpec(score="softmax", top_k=3, n_group=4, topk_group=2, group_score="max", scale=16.0)
-V3 = GateSpec(
-    score="sigmoid",
-    top_k=8,
-    n_group=8,
-    topk_group=4,
-    group_score="top2_sum",
-    renormalize=True,
-    renormalize_eps=1e-20,
-    scale=2.5,
-)
 SPECS = {"qwen3": QWEN3, "deepseek-v2": V2, "deepseek-v3": V3}
 
 

@@ -15,20 +15,11 @@ from hypothesis.strategies import DrawFn
 from expertmesh.errors import ConfigError
 from expertmesh.gating import check_gate, logits, route, select, shared_weights
 from expertmesh.model import GateSpec, GateWeights
+from tests.gates import V3
 
 SOFTMAX = GateSpec(score="softmax", top_k=2)
 SIGMOID = GateSpec(score="sigmoid", top_k=2)
 GROUPED = GateSpec(score="sigmoid", top_k=2, n_group=2, topk_group=1, group_score="top2_sum")
-V3 = GateSpec(
-    score="sigmoid",
-    top_k=8,
-    n_group=8,
-    topk_group=4,
-    group_score="top2_sum",
-    renormalize=True,
-    renormalize_eps=1e-20,
-    scale=2.5,
-)
 
 
 def chosen(
