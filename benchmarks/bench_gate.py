@@ -27,11 +27,11 @@ _TOKENS = (1, 8, 64, 512, 4096)
 _TOLERANCE = 1e-2  # Qwen3's weights are bfloat16
 _CALLS = 2048  # rows in a round, or the one call that has more
 _SAYS = """\
-One thread, hidden states and weights in bfloat16, random; the same rows again and again, so caches
+Hidden states and weights in bfloat16, random; the same rows again and again, so caches
 are warm. `ours` is the router's own code for AVX-512, logits, choice and weights; `gating` the same
 in torch and numpy, which stands in for it elsewhere and is its reference; `transformers` the
 family's router module. Times are of one call, `ratio`s theirs over ours, round by round: median
-(least–largest). `error` is the largest relative error of the weights as a table [T, E]; for Qwen3,
+(least–largest). What is missing is left to torch. `error` is the largest relative error of the weights as a table [T, E]; for Qwen3,
 whose logits are bfloat16 and often equal, of each row's weights in order."""
 
 
@@ -100,6 +100,8 @@ def _measure(report: Report, model: Model, tokens: int, rounds: int) -> None:
     kernel = create_avx512_gate(gate, model.spec)
     if kernel is None:
         raise SystemExit("this CPU has no AVX-512 BF16, or llvmlite is not installed")
+    if not kernel.takes(rows):
+        return
 
     def ours() -> gating.Routing:
         return kernel.route(rows, gate.bias)[1]
@@ -145,14 +147,16 @@ def main() -> None:
     """Measures every model and size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
     parser.add_argument("--json", type=Path, help="writes JSON there too")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     report = Report(
         theme="gate",
         title="The gate on a CPU",
-        command=f"python benchmarks/bench_gate.py --rounds {arguments.rounds}",
+        command="python benchmarks/bench_gate.py "
+        f"--rounds {arguments.rounds} --threads {arguments.threads}",
         says=_SAYS,
         facts=facts(),
     )

@@ -21,7 +21,8 @@ from expertmesh.model import GateSpec, GateWeights
 
 #: What a thread is given is worth its waking.
 _THREAD_ROWS = 128
-#: More rows are only worth it where most of a block is experts, and not padding.
+#: More rows are only worth it where the alternative is a product in float32, and most of a block is
+#: experts, not padding: oneDNN multiplies many rows in bfloat16 as fast, and faster with AMX.
 _FEW_ROWS = 128
 _MOST_GROUPS = 16  # scores of groups are in one vector
 _LANES = 16
@@ -41,12 +42,13 @@ class Avx512Gate:
         padded[: len(weight)] = weight
         self._blocks = pack_blocks(padded)
         self._code = _compile(spec, self._experts)
+        self._takes_many = spec.logits_float32 and 2 * self._experts >= BLOCK
 
     def takes(self, hidden_TH: torch.Tensor) -> bool:
         """Whether it can route such rows."""
         if hidden_TH.dtype != torch.bfloat16 or hidden_TH.stride(1) != 1:
             return False
-        return hidden_TH.shape[0] <= _FEW_ROWS or 2 * self._experts >= BLOCK
+        return hidden_TH.shape[0] <= _FEW_ROWS or self._takes_many
 
     def route(
         self, hidden_TH: torch.Tensor, bias_E: torch.Tensor | None
@@ -67,12 +69,12 @@ class Avx512Gate:
         def route(start: int, stop: int) -> None:
             code.route(start, stop, x, stride, code.rows.data_ptr(), matrix, groups, *places)
 
-        threads = min(torch.get_num_threads(), rows // _THREAD_ROWS)
-        if threads < 2:
-            route(0, rows)
-        else:
-            bounds = [rows * part // threads for part in range(threads + 1)]
-            list(_threads().map(route, bounds[:-1], bounds[1:]))
+        threads = max(1, min(torch.get_num_threads(), rows // _THREAD_ROWS))
+        bounds = [rows * part // threads for part in range(threads + 1)]
+        others = [_threads().submit(route, *bounds[part : part + 2]) for part in range(1, threads)]
+        route(0, bounds[1])
+        for other in others:
+            other.result()
         return logits[:, : self._experts], Routing(ids, weights)
 
     def _padded(self, bias_E: torch.Tensor | None) -> torch.Tensor:
