@@ -27,12 +27,12 @@ _TOKENS = (1, 8, 64, 512, 4096)
 _TOLERANCE = 1e-2  # Qwen3's weights are bfloat16
 _CALLS = 2048  # rows in a round, or the one call that has more
 _SAYS = """\
-Hidden states and weights in bfloat16, random; the same rows again and again, so caches
-are warm. `ours` is the router's own code for AVX-512, logits, choice and weights; `gating` the same
-in torch and numpy, which stands in for it elsewhere and is its reference; `transformers` the
-family's router module. Times are of one call, `ratio`s theirs over ours, round by round: median
-(least–largest). What is missing is left to torch. `error` is the largest relative error of the weights as a table [T, E]; for Qwen3,
-whose logits are bfloat16 and often equal, of each row's weights in order."""
+Hidden states and weights in bfloat16, random; the same rows again and again, so caches are warm.
+`ours` is the router's own code for AVX-512, logits, choice and weights; `gating` the same in torch
+and numpy, which stands in for it elsewhere and is its reference; `transformers` the family's router
+module. Times are of one call, `ratio`s theirs over ours, round by round: median (least–largest).
+What is missing is left to torch. `error` is the largest relative error of the weights as a table
+[T, E]; for Qwen3, whose logits are bfloat16 and often equal, of each row's weights in order."""
 
 
 @dataclass(frozen=True, slots=True)
