@@ -103,7 +103,8 @@ class LayerQueue:
     async def answer(self, request: ForwardRequest, deadline: Deadline) -> Answer:
         """The request's share of the batch that it joins."""
         member = Member(request, deadline)
-        if not self._waiting and self._until_start_s() <= 0:  # alone, in the caller's own task
+        left_s = self._until_start_s()
+        if not self._waiting and left_s <= 0:  # alone, in the caller's own task
             self._begin()
             try:
                 return (await self._timed([member], deadline))[0]
@@ -111,7 +112,10 @@ class LayerQueue:
                 self._end()
         waiting = _Waiting(member, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
-        self._start_next()
+        if left_s <= 0:
+            self._start_next()
+        else:
+            self._look_later(left_s)
         return await waiting.future
 
     def _until_start_s(self) -> float:
@@ -142,9 +146,8 @@ class LayerQueue:
         usual = self._usual_s or took_s
         self._usual_s = usual + _LEARNT * (min(took_s, 2.0 * usual) - usual)
 
-    def _look_later(self) -> None:
-        """Has the queue looked at again when a batch may start beside the newest."""
-        left_s = self._until_start_s()
+    def _look_later(self, left_s: float) -> None:
+        """Has the queue looked at again in `left_s`, when a batch may start beside the newest."""
         if self._look is None and left_s < math.inf:
             self._look = asyncio.get_running_loop().call_later(max(0.0, left_s), self._looked)
 
@@ -160,10 +163,9 @@ class LayerQueue:
             task = self._tasks.spawn(self._settle(batch), "batch")
             # Not in the task itself: one that is cancelled before its first step never runs.
             task.add_done_callback(lambda _: self._end())
-            for waiting in batch:
-                waiting.future.add_done_callback(lambda _: _abandon(batch, task))
+            _cancel_unwanted(task, batch)
         if self._waiting:
-            self._look_later()
+            self._look_later(self._until_start_s())
 
     def _next_batch(self) -> list[_Waiting]:
         """Who leaves together now, in the order in which they came."""
@@ -201,10 +203,18 @@ class LayerQueue:
                     waiting.future.set_exception(error)
 
 
-def _abandon(batch: list[_Waiting], task: asyncio.Task[None]) -> None:
+def _cancel_unwanted(task: asyncio.Task[None], batch: list[_Waiting]) -> None:
     """Stops a batch once nobody waits for it any more."""
-    if all(waiting.future.done() for waiting in batch):
-        task.cancel()
+    wanted = len(batch)
+
+    def settled(_: asyncio.Future[Answer]) -> None:
+        nonlocal wanted
+        wanted -= 1
+        if not wanted:
+            task.cancel()
+
+    for waiting in batch:
+        waiting.future.add_done_callback(settled)
 
 
 def split(members: list[Member], answer: Answer) -> list[Answer]:

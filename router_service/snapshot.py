@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,7 +67,12 @@ class Model:
 
     def layer(self, index: int) -> LayerSpec | None:
         """The layer of that index, or None."""
-        return self.spec.layer(index)
+        return self._layers.get(index)
+
+    @cached_property
+    def _layers(self) -> dict[int, LayerSpec]:
+        """Asked for by every request: `ModelSpec.layer` looks at one layer after the other."""
+        return {layer.index: layer for layer in self.spec.layers}
 
 
 class EpochsInUse:

@@ -60,6 +60,11 @@ class Outbox:
             if on_done is not None:
                 on_done()
 
+    @property
+    def full(self) -> bool:
+        """Whether who fills it should await `room`."""
+        return len(self._frames) > _MAX_FRAMES
+
     async def room(self) -> None:
         """Returns at once while the queue is short, else when it has become so."""
         await self._room.wait()

@@ -144,7 +144,8 @@ class FrameSession:
                 self._take(buffer, group)
             except InvalidRequestError as error:
                 return error
-            await self._outbox.room()
+            if self._outbox.full:
+                await self._outbox.room()
         self._refuse_incomplete()
         while self._frames:  # the client sends no more, but waits for its answers
             self._answered.clear()
