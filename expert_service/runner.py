@@ -67,6 +67,10 @@ class DeviceRunner:
         self._arrivals: SimpleQueue[_Request | _Call | None] = SimpleQueue()
         self._device = threading.Lock()  # held by whoever uses the shard
         self._quick = QuickWork(config.inline_compute_s if shard.any_thread else 0.0)
+        # What a call takes of its thread. Time in which other processes had the core does not
+        # count: it would send what is quick on the longer way just when cores are wanted. With
+        # more threads the calling one may only wait for them, so there the clock has to do.
+        self._spent_ns = time.thread_time_ns if threads == 1 else time.perf_counter_ns
         self._loop = asyncio.get_running_loop()
         self._closed = False
         threading.Thread(target=self._work, name="device", daemon=True).start()
@@ -107,7 +111,7 @@ class DeviceRunner:
         if not self._quick.expects(job_key, rows) or not self._device.acquire(blocking=False):
             return None
         self.use.enter()
-        started_at_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+        started_at_ns, spent_ns = time.perf_counter_ns(), self._spent_ns()
         try:
             with torch.inference_mode():
                 output = self._shard.execute(
@@ -116,13 +120,13 @@ class DeviceRunner:
                     request.expert_ids,
                     request.expert_weights,
                 )
-            cpu_ns = time.thread_time_ns() - cpu_ns
+            spent_ns = self._spent_ns() - spent_ns
             took_ns = time.perf_counter_ns() - started_at_ns
             self.use.worked(took_ns)
         finally:
             self._device.release()
             self.use.leave()
-        self._quick.learn(job_key, rows, cpu_ns)
+        self._quick.learn(job_key, rows, spent_ns)
         response = ExecuteResponse(hidden_states=output, compute_us=took_ns // 1000)
         self._observe(response, rows)
         return response
@@ -233,7 +237,7 @@ class DeviceRunner:
         return not job.future.done()
 
     def _compute(self, pieces: list[Piece]) -> None:
-        started_at_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+        started_at_ns, spent_ns = time.perf_counter_ns(), self._spent_ns()
         jobs: list[_Request] = [piece.job for piece in pieces]  # type: ignore[misc]
         try:
             outputs = self._execute(jobs, pieces)
@@ -244,7 +248,7 @@ class DeviceRunner:
         took_ns = time.perf_counter_ns() - started_at_ns
         self.use.worked(took_ns)
         if len(pieces) == 1 and pieces[0].stop == jobs[0].rows:
-            self._quick.learn(jobs[0].key, jobs[0].rows, time.thread_time_ns() - cpu_ns)
+            self._quick.learn(jobs[0].key, jobs[0].rows, self._spent_ns() - spent_ns)
         for job, piece, output in zip(jobs, pieces, outputs, strict=True):
             job.compute_ns += took_ns
             job.outputs.append(output)
@@ -295,9 +299,8 @@ def _key(request: ExecuteRequest) -> tuple[Hashable, int]:
 class QuickWork:
     """Knows which requests take so little time that a thread hop would be the longer part.
 
-    What single requests took of their thread, by kind and size; one slow outlier sends a kind back
-    to the device thread, where it is measured again. Time in which other processes had the core
-    does not count: it would send what is quick on the longer way just when cores are wanted.
+    Measured times of single requests, by kind and size; one slow outlier sends a kind back to the
+    device thread, where it is measured again.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -310,7 +313,7 @@ class QuickWork:
         return self._usual_ns.get((key, rows.bit_length()), math.inf) < self._limit_ns
 
     def learn(self, key: Hashable, rows: int, took_ns: int) -> None:
-        """Notes how much of its thread's time one request took."""
+        """Notes how long one request took."""
         size = (key, rows.bit_length())
         usual = self._usual_ns.get(size, float(took_ns))
         self._usual_ns[size] = usual + 0.2 * (took_ns - usual)

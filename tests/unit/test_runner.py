@@ -76,13 +76,14 @@ def _expected(shard: ExpertShard, request: ExecuteRequest) -> torch.Tensor:
 
 def _run(
     scenario: Callable[[DeviceRunner, ExpertShard, Backend, threading.Event], Awaitable[Any]],
+    threads: int = 1,
     **config: int,
 ) -> Any:
     """Runs a scenario while the device waits for its event."""
 
     async def run() -> Any:
         shard, backend = _shard()
-        runner = DeviceRunner(shard, 1, ExpertConfig(**config))  # type: ignore[arg-type]
+        runner = DeviceRunner(shard, threads, ExpertConfig(**config))  # type: ignore[arg-type]
         gate = threading.Event()
         held = asyncio.ensure_future(runner.call(gate.wait))
         try:
@@ -244,6 +245,25 @@ def test_work_that_is_quick_is_done_on_the_event_loop_once_that_is_known() -> No
     assert before is None  # nobody knows yet how long it takes
     torch.testing.assert_close(now.hidden_states, expected)
     assert rows == 4
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_waiting_for_other_threads_is_not_quick_but_waiting_for_a_core_is(threads: int) -> None:
+    async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
+        gate.set()
+        compute = backend.compute
+
+        def compute_elsewhere(*arguments: Any) -> torch.Tensor:
+            threading.Event().wait(0.02)  # as its own threads' work, or another process's turn
+            return compute(*arguments)  # type: ignore[no-any-return]
+
+        backend.compute = compute_elsewhere
+        await runner.execute(_request(1, seed=1), Deadline.after(30.0))
+        return _now(runner, _request(1, seed=1))
+
+    now = _run(scenario, threads=threads, inline_compute_s=0.015)
+
+    assert (now is not None) == (threads == 1)
 
 
 def test_nothing_is_done_on_the_event_loop_while_the_device_is_in_use() -> None:
