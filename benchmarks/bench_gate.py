@@ -25,7 +25,7 @@ from router_service.kernels.avx512_gate import create_avx512_gate
 
 _TOKENS = (1, 8, 64, 512, 4096)
 _TOLERANCE = 1e-2  # Qwen3's weights are bfloat16
-_CALLS = 2048  # rows in a round, or the one call that has more
+_ROWS = 2048  # in a round, or as many as one call has
 _SAYS = """\
 Hidden states and weights in bfloat16, random; the same rows again and again, so caches are warm.
 `ours` is the router's own code for AVX-512, logits, choice and weights; `gating` the same in torch
@@ -118,7 +118,7 @@ def _measure(report: Report, model: Model, tokens: int, rounds: int) -> None:
     expected = _comparable(model, theirs())
     for side in (ours, reference):
         report.gate(case, _comparable(model, side()), expected, _TOLERANCE)
-    calls = max(1, _CALLS // tokens)
+    calls = max(1, _ROWS // tokens)
 
     def repeat(side: Callable[[], object]) -> Callable[[int], None]:
         def run(_: int) -> None:

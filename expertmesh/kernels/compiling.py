@@ -19,11 +19,6 @@ class Matrix(NamedTuple):
     address: int
     stride: int  # elements from a row to the next
 
-    @staticmethod
-    def of(tensor: torch.Tensor) -> Matrix:
-        """The rows of a tensor [R, N] whose elements of a row are next to each other."""
-        return Matrix(tensor.data_ptr(), tensor.stride(0))
-
 
 def has_compiler() -> bool:
     """Whether llvmlite is installed."""

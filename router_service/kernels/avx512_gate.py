@@ -2,7 +2,7 @@
 
 It computes what `expertmesh.gating.route` does, for hidden states and weights in bfloat16. Logits
 are then sums in float32 of exact products, which AVX-512 BF16 adds up at twice the rate of float32,
-and the choice follows while they are in the cache, where torch takes seven more calls
+and the choice follows while they are in the cache, where torch takes several more calls
 (docs/cpu.md has what was measured). The code is `avx512_gate_ir`.
 """
 

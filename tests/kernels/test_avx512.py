@@ -54,7 +54,7 @@ def _matrix(outputs: int, inputs: int, seed: int = 0) -> Packed:
 
 
 def _address(tensor: torch.Tensor) -> Matrix:
-    return Matrix.of(tensor)
+    return Matrix(tensor.data_ptr(), tensor.stride(0))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 12, 24, 25, 61])
