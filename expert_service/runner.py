@@ -66,6 +66,7 @@ class DeviceRunner:
         self.rows = 0  # computed since the start
         self._arrivals: SimpleQueue[_Request | _Call | None] = SimpleQueue()
         self._device = threading.Lock()  # held by whoever uses the shard
+        self._inference = torch.inference_mode()  # of the event loop: made once, entered often
         self._quick = QuickWork(config.inline_compute_s if shard.any_thread else 0.0)
         # What a call takes of its thread. Time in which other processes had the core does not
         # count: it would send what is quick on the longer way just when cores are wanted. With
@@ -113,7 +114,7 @@ class DeviceRunner:
         self.use.enter()
         started_at_ns, spent_ns = time.perf_counter_ns(), self._spent_ns()
         try:
-            with torch.inference_mode():
+            with self._inference:
                 output = self._shard.execute(
                     request.layer,
                     request.hidden_states,

@@ -257,16 +257,19 @@ class _LayerState:
         """Raises SlotNotHeldError, or InvalidRequestError for ids twice in a row or below -1."""
         if not ids_RK.size or (len(ids_RK) == 1 and self._allows(ids_RK[0].tolist())):
             return
-        # Sorted rows serve every check: extremes are at the ends, doubles side by side.
-        sorted_RK = np.sort(ids_RK, axis=1)
-        if sorted_RK[:, 0].min() < -1:
+        # Sorted rows serve every check: extremes are at the ends, doubles side by side. Numpy's own
+        # reductions, as its methods are Python around them.
+        sorted_RK = ids_RK.copy()
+        sorted_RK.sort(1)
+        if np.minimum.reduce(sorted_RK[:, 0]) < -1:
             raise InvalidRequestError(
                 f"expert_ids hold {sorted_RK.min()}; ids are -1 or above", field="expert_ids"
             )
-        if sorted_RK[:, -1].max() >= len(self.held_E) - 1 or not self.held_E[sorted_RK].all():
+        most = np.maximum.reduce(sorted_RK[:, -1])
+        if most >= len(self.held_E) - 1 or not np.logical_and.reduce(self.held_E[sorted_RK], None):
             self._refuse_not_held(sorted_RK)
         doubled_RK = (sorted_RK[:, 1:] == sorted_RK[:, :-1]) & (sorted_RK[:, 1:] >= 0)
-        if doubled_RK.any():
+        if np.logical_or.reduce(doubled_RK, None):
             row, column = np.argwhere(doubled_RK)[0]
             raise InvalidRequestError(
                 f"row {row} asks expert {sorted_RK[row, column]} twice", field="expert_ids"

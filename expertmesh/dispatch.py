@@ -27,6 +27,7 @@ _DIVISION_STEPS = (4, 4, 3, 2, 2, 1, 1, 1)
 #: By how much the odds of a server rise that gets the row anyway: a row sent twice costs its bytes,
 #: a server that is late costs everybody.
 _VISITED_ODDS = 64.0
+_NO_EXPERT = np.int32(-1)
 _NOBODY, _LONELY = -1, -2  # in place of a server: no expert, and one that nobody holds
 #: Rows whose float32 sum stays in a core's cache while the next partial sums are added.
 _COMBINE_ROWS = 128
@@ -43,6 +44,13 @@ class Holders:
         self.only_E = self.holds_ES.astype(np.int64) @ np.arange(len(rate_S))
         self.rate_S = np.maximum(rate_S, 1e-9)
         self.any_replicas = bool((self.count_E > 1).any())
+        # Where every expert has one holder, that says it all; with one more entry, for id -1.
+        self.sole_E: npt.NDArray[np.int64] | None = None
+        if bool((self.count_E == 1).all()):
+            self.sole_E = np.append(self.only_E, _NOBODY)
+        # For a row alone, whose few elements Python gets at sooner.
+        self.counts: list[int] = self.count_E.tolist()
+        self.only: list[int] = self.only_E.tolist()
 
 
 @dataclass(slots=True)
@@ -88,8 +96,8 @@ def _plan_row(ids: list[int], holders: Holders, salt: int) -> tuple[list[Part], 
     """`plan` for one row, the same to the last draw: a few steps in Python take a fifth of the time
     of some twenty numpy calls."""
     pairs: dict[int, int] = {}  # by server: how many of the row's
-    choice = [_NOBODY if expert < 0 else int(holders.only_E[expert]) for expert in ids]
-    count = [1 if expert < 0 else int(holders.count_E[expert]) for expert in ids]
+    choice = [_NOBODY if expert < 0 else holders.only[expert] for expert in ids]
+    count = [1 if expert < 0 else holders.counts[expert] for expert in ids]
     for server, holding in zip(choice, count, strict=True):
         if server != _NOBODY and holding == 1:
             pairs[server] = pairs.get(server, 0) + 1
@@ -120,6 +128,8 @@ def _only(ids: list[int], choice: list[int], server: int) -> Ids:
 
 
 def _plan_rows(ids_TK: Ids, holders: Holders, salt: int) -> tuple[list[Part], Ids | None]:
+    if holders.sole_E is not None:
+        return _parts(holders.sole_E[ids_TK], ids_TK), None
     valid = ids_TK >= 0
     count = np.where(valid, holders.count_E[ids_TK], 1)
     choice = np.where(valid & (count == 1), holders.only_E[ids_TK], -1)
@@ -218,14 +228,15 @@ def _uniform(rows: int, salt: int, servers: int) -> npt.NDArray[np.float64]:
 def _parts(choice: npt.NDArray[np.int64], ids_TK: Ids) -> list[Part]:
     parts = []
     # The least of numpy's calls: np.unique alone takes as long as all of this for one server.
-    for server in np.flatnonzero(np.bincount(choice.ravel() + 1)[1:]):
+    for server in np.bincount(choice.ravel() + 1)[1:].nonzero()[0].tolist():
         mine = choice == server
-        rows = np.flatnonzero(np.logical_or.reduce(mine, 1))
-        ids = np.where(mine, ids_TK, np.int32(-1))
-        if len(rows) >= _MOST_ROWS * len(ids_TK):
-            parts.append(Part(int(server), None, ids))
+        here = np.logical_or.reduce(mine, 1)
+        ids = np.where(mine, ids_TK, _NO_EXPERT)
+        if np.count_nonzero(here) >= _MOST_ROWS * len(ids_TK):
+            parts.append(Part(server, None, ids))
         else:
-            parts.append(Part(int(server), rows, ids[rows]))
+            rows = here.nonzero()[0]
+            parts.append(Part(server, rows, ids[rows]))
     return parts
 
 

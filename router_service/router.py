@@ -60,14 +60,20 @@ class Router:
             answer = self._empty(request, layer)
         else:
             answer = await self._queue(layer, request.hidden_states).answer(request, deadline)
+        took_s = time.perf_counter() - started_at
+        # Once the answer is on its way; nobody can ask for the counts before.
+        gated = request.expert_ids is not None
+        asyncio.get_running_loop().call_soon(self._count, layer, answer, gated, took_s)
+        return _response(request, answer, layer.top_k)
+
+    def _count(self, layer: LayerSpec, answer: Answer, caller_gated: bool, took_s: float) -> None:
         self.counts.add(
             layer.index,
             answer.expert_ids,
-            caller_gated=request.expert_ids is not None,
+            caller_gated=caller_gated,
             retried=answer.retried_pairs,
         )
-        self.request_seconds[layer.kind].observe(time.perf_counter() - started_at)
-        return _response(request, answer, layer.top_k)
+        self.request_seconds[layer.kind].observe(took_s)
 
     def _empty(self, request: ForwardRequest, layer: LayerSpec) -> Answer:
         k = layer.top_k if request.expert_ids is None else request.expert_ids.shape[1]

@@ -15,6 +15,7 @@ from expertmesh.codec.messages import ForwardRequest
 from expertmesh.model import GateSpec, GateWeights, LayerSpec
 from router_service.kernels.avx512_gate import Avx512Gate
 
+_Pairs = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]  # ids [T, K], weights [T, K]
 _NO_ROWS: npt.NDArray[np.int64] = np.empty(0, np.int64)
 
 
@@ -59,10 +60,9 @@ def route_batch(
     if gate is not None and layer.gate is not None:
         gating_here = _Gate(gate, layer.gate, bias, kernel)
     if gating_here is not None and all(request.expert_ids is None for request in requests):
-        routing = gating_here.route(hidden, sampled)
-        ids, weights = routing.expert_ids.numpy(), routing.weights.numpy()
+        ids, weights = gating_here.route(hidden, sampled)
     else:
-        ids, weights = _mixed(requests, layer, gating_here, (len(hidden), columns), sampled)
+        ids, weights = _mixed(requests, layer, gating_here, (hidden.shape[0], columns), sampled)
     if layer.has_shared:
         shared_ids, shared_weights = _shared(requests, layer, gate, hidden)
         ids = np.concatenate((ids, shared_ids), 1)
@@ -87,18 +87,19 @@ class _Gate:
         self._kernel = kernel
         self._samples: list[Sample] = []
 
-    def route(self, hidden: torch.Tensor, sampled: npt.NDArray[np.int64]) -> gating.Routing:
-        """Gates rows, of which `sampled` are samples."""
+    def route(self, hidden: torch.Tensor, sampled: npt.NDArray[np.int64]) -> _Pairs:
+        """Expert ids and weights of rows, of which `sampled` are samples."""
         if self._kernel is not None and self._kernel.takes(hidden):
-            logits, routing = self._kernel.route(hidden, self._bias)
+            logits, ids, weights = self._kernel.arrays(hidden, self._bias)
         else:
-            logits = gating.logits(hidden, self._weights, self._spec)
-            routing = gating.select(logits, self._spec, self._bias)
+            scored = gating.logits(hidden, self._weights, self._spec)
+            chosen = gating.select(scored, self._spec, self._bias)
+            logits = scored.numpy()
+            ids, weights = chosen.expert_ids.numpy(), chosen.weights.numpy()
         if len(sampled):
-            rows = torch.from_numpy(sampled)
-            scores = gating.scores(logits[rows], self._spec)
-            self._samples.append(Sample(scores, routing.expert_ids[rows]))
-        return routing
+            scores = gating.scores(torch.from_numpy(logits[sampled]), self._spec)
+            self._samples.append(Sample(scores, torch.from_numpy(ids[sampled])))
+        return ids, weights
 
     def sample(self) -> Sample | None:
         """All samples so far."""
@@ -120,7 +121,7 @@ def _mixed(
     gate: _Gate | None,
     shape: tuple[int, int],
     sampled: npt.NDArray[np.int64],
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+) -> _Pairs:
     """Ids and weights of requests that differ in who gates or in k; short rows end in -1."""
     ids = np.full(shape, -1, np.int32)
     weights = np.zeros(shape, np.float32)
@@ -133,9 +134,8 @@ def _mixed(
             weights[start:stop, :k] = request.expert_weights.numpy()
         elif gate is not None:
             own = sampled[(sampled >= start) & (sampled < stop)] - start
-            routing = gate.route(request.hidden_states, own)
-            ids[start:stop, : layer.top_k] = routing.expert_ids.numpy()
-            weights[start:stop, : layer.top_k] = routing.weights.numpy()
+            routed = gate.route(request.hidden_states, own)
+            ids[start:stop, : layer.top_k], weights[start:stop, : layer.top_k] = routed
         start = stop
     return ids, weights
 
@@ -145,7 +145,7 @@ def _shared(
     layer: LayerSpec,
     gate: GateWeights | None,
     hidden: torch.Tensor,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+) -> _Pairs:
     """The shared expert's column: every row, but those whose caller wants routed experts only."""
     rows = len(hidden)
     ids = np.full((rows, 1), layer.shared_id, np.int32)

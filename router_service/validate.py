@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from expertmesh.codec.messages import ForwardRequest
+from expertmesh.codec.tensors import payload
 from expertmesh.errors import InvalidRequestError, NonFiniteError, UnknownLayerError
 from expertmesh.model import LayerSpec, ModelSpec
 
@@ -13,9 +14,9 @@ ACCEPTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: An element is NaN or infinite exactly when all bits of its exponent are set. So, as integers, the
 #: largest positive one is at least this, or the largest of all without a sign is, with its top bit.
 _INFINITY = {
-    torch.float32: (torch.int32, np.uint32, 0x7F800000, 0xFF800000),
-    torch.float16: (torch.int16, np.uint16, 0x7C00, 0xFC00),
-    torch.bfloat16: (torch.int16, np.uint16, 0x7F80, 0xFF80),
+    torch.float32: (np.int32, np.uint32, 0x7F800000, 0xFF800000),
+    torch.float16: (np.int16, np.uint16, 0x7C00, 0xFC00),
+    torch.bfloat16: (np.int16, np.uint16, 0x7F80, 0xFF80),
 }
 
 
@@ -125,8 +126,8 @@ def _check_finite(hidden: torch.Tensor) -> None:
         return
     # Two maxima in numpy: nothing is copied, and it keeps the interpreter lock (codec.tensors).
     signed, unsigned, positive, negative = _INFINITY[hidden.dtype]
-    bits, largest = hidden.view(signed).numpy(), np.maximum.reduce
-    if largest(bits, None) < positive and largest(bits.view(unsigned), None) < negative:
+    bits, largest = np.frombuffer(payload(hidden), signed), np.maximum.reduce
+    if largest(bits) < positive and largest(bits.view(unsigned)) < negative:
         return
     bad = ~torch.isfinite(hidden)
     if bool(bad.any()):

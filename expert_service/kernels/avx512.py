@@ -17,7 +17,7 @@ import torch
 from expert_service.kernels.onednn_cpu import fall_back, has_tiles
 from expertmesh.kernels.compiling import Library, Matrix, has_compiler, has_dot
 
-_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+KERNEL_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 #: More rows of an expert are left to oneDNN where its instructions do more a cycle (AMX), or ours
 #: have to widen bfloat16 first. So few are multiplied sooner than their weights are read.
 _FEW_ROWS = 4
@@ -79,7 +79,8 @@ class Kernels:
 
         def functions(name: str, parameters: str) -> dict[torch.dtype, Callable[..., None]]:
             return {
-                dtype: function(f"{name}_{suffix}", parameters) for dtype, suffix in _DTYPES.items()
+                dtype: function(f"{name}_{suffix}", parameters)
+                for dtype, suffix in KERNEL_DTYPES.items()
             }
 
         self._gate_up = function("gate_up", "pipipppi")

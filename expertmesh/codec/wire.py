@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from expertmesh.errors import InvalidRequestError
 
+Buffer = bytes | memoryview  # what was received
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _UINT64 = (1 << 64) - 1
 _SMALL = tuple(bytes((value,)) for value in range(128))
@@ -20,6 +21,8 @@ def varint(value: int) -> bytes:
     """Base-128 encoding of an unsigned 64-bit value; negatives as two's complement."""
     if 0 <= value < 128:
         return _SMALL[value]
+    if 0 < value < 1 << 14:
+        return bytes((value & 127 | 128, value >> 7))
     value &= _UINT64
     out = bytearray()
     while value > 127:
@@ -54,7 +57,7 @@ def length_prefix(number: int, length: int) -> bytes:
     return varint(number << 3 | BYTES) + varint(length)
 
 
-def read_varint(buffer: bytes, at: int, end: int) -> tuple[int, int]:
+def read_varint(buffer: Buffer, at: int, end: int) -> tuple[int, int]:
     """(value, position after it)."""
     if at < end and buffer[at] < 128:
         return buffer[at], at + 1
@@ -73,7 +76,7 @@ def read_varint(buffer: bytes, at: int, end: int) -> tuple[int, int]:
     raise InvalidRequestError("the message ends inside a number, or the number is over 64 bits")
 
 
-def fields(buffer: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+def fields(buffer: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """Walks one message: (field number, wire type, value or start, end).
 
     For VARINT and the fixed types the third item is the value (fixed ones as raw bits); for BYTES
@@ -88,12 +91,15 @@ def fields(buffer: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, in
         number, kind = tag >> 3, tag & 7
         if number == 0:
             raise InvalidRequestError("the message has a field number 0: it is not protobuf")
-        if kind == VARINT:
-            value, at = read_varint(buffer, at, end)
-            yield number, kind, value, at
-            continue
-        if kind == BYTES:
-            length, at = read_varint(buffer, at, end)
+        if kind in (VARINT, BYTES):
+            if at < end and buffer[at] < 128:
+                length = buffer[at]
+                at += 1
+            else:
+                length, at = read_varint(buffer, at, end)
+            if kind == VARINT:
+                yield number, kind, length, at
+                continue
         elif kind == FIXED64:
             length = 8
         elif kind == FIXED32:
@@ -129,9 +135,9 @@ def double(bits: int) -> float:
     return value
 
 
-def text(buffer: bytes, at: int, end: int, name: str) -> str:
+def text(buffer: Buffer, at: int, end: int, name: str) -> str:
     """A UTF-8 string field."""
     try:
-        return buffer[at:end].decode()
+        return bytes(buffer[at:end]).decode()
     except UnicodeDecodeError:
         raise InvalidRequestError(f"{name} is not valid UTF-8", field=name) from None

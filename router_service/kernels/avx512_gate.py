@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from expertmesh.gating import Routing
@@ -28,6 +30,14 @@ _MOST_GROUPS = 16  # scores of groups are in one vector
 _LANES = 16
 #: Every expert's score is in a register, or nearly.
 _MOST_EXPERTS = 512
+
+
+class Arrays(NamedTuple):
+    """What a gate finds."""
+
+    logits: npt.NDArray[np.float32]  # [T, E]
+    expert_ids: npt.NDArray[np.int32]  # [T, k]
+    weights: npt.NDArray[np.float32]  # [T, k]
 
 
 class Avx512Gate:
@@ -54,32 +64,43 @@ class Avx512Gate:
         self, hidden_TH: torch.Tensor, bias_E: torch.Tensor | None
     ) -> tuple[torch.Tensor, Routing]:
         """Logits [T, E] float32, and what they choose under the bias; see `gating.select`."""
+        logits, ids, weights = map(torch.from_numpy, self.arrays(hidden_TH, bias_E))
+        return logits, Routing(ids, weights)
+
+    def arrays(self, hidden_TH: torch.Tensor, bias_E: torch.Tensor | None) -> Arrays:
+        """The same without torch, whose calls cost more than few rows do."""
         rows, outputs, groups = hidden_TH.shape[0], self._outputs, self._blocks.shape[1]
         bias = self._padded(bias_E)
-        logits = torch.empty(rows, outputs)
-        ids = torch.empty(rows, self._spec.top_k, dtype=torch.int32)
-        weights = torch.empty(rows, self._spec.top_k)
-        tensors = logits, ids, weights
+        ids_at = rows * outputs
+        weights_at = ids_at + rows * self._spec.top_k
+        results = torch.empty(weights_at + rows * self._spec.top_k)
         x, stride = hidden_TH.data_ptr(), hidden_TH.stride(0)
-        matrix = self._blocks.data_ptr()
-        places = bias.data_ptr(), *(tensor.data_ptr() for tensor in tensors)
+        matrix, at = self._blocks.data_ptr(), results.data_ptr()
+        places = bias.data_ptr(), at, at + 4 * ids_at, at + 4 * weights_at
 
         code = self._code
 
         def route(start: int, stop: int) -> None:
             code.route(start, stop, x, stride, code.rows.data_ptr(), matrix, groups, *places)
 
-        threads = max(1, min(torch.get_num_threads(), rows // _THREAD_ROWS))
+        threads = 1
+        if rows >= 2 * _THREAD_ROWS:
+            threads = max(1, min(torch.get_num_threads(), rows // _THREAD_ROWS))
         bounds = [rows * part // threads for part in range(threads + 1)]
         others = [_threads().submit(route, *bounds[part : part + 2]) for part in range(1, threads)]
         route(0, bounds[1])
         for other in others:
             other.result()
-        return logits[:, : self._experts], Routing(ids, weights)
+        found, shape = results.numpy(), (rows, self._spec.top_k)
+        return Arrays(
+            found[:ids_at].reshape(rows, outputs)[:, : self._experts],
+            found[ids_at:weights_at].view(np.int32).reshape(shape),
+            found[weights_at:].reshape(shape),
+        )
 
     def _padded(self, bias_E: torch.Tensor | None) -> torch.Tensor:
         """The bias of as many experts as the blocks have room for."""
-        if bias_E is not None and len(bias_E) == self._outputs:
+        if bias_E is not None and bias_E.shape[0] == self._outputs:
             return bias_E.contiguous()
         bias = torch.zeros(self._outputs)
         if bias_E is not None:
