@@ -13,7 +13,9 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 # Before torch is imported: threads that wait sleep, they take no core from the servers.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -36,12 +38,13 @@ Every process is on one machine, without Ray: clients (one process, asyncio, a c
 router, {_SHARDS} expert servers. The experts compute nothing: a row comes back as the row times the
 sum of its weights (`--backend noop`), so that what is timed is the path. `mesh` is one
 `AsyncMesh.forward`, from tensor to tensor. `shm` is the same with a client and a router that share
-memory (`shared_memory="auto"`), in a cluster of its own. `echo` sends the same bytes in chunks of
+memory (`shared_memory="auto"`), and `grpc` with `data_connections="off"` everywhere, each in a
+cluster of its own. `echo` sends the same bytes in chunks of
 1 MiB over the same two hops of bare grpc.aio streams, to a relay and from it to {_SHARDS} echo
 servers, whole, and one answer back: what gRPC in Python takes at the least, without a tensor, a
 gate or a plan. `ratio` is p50 of mesh over p50 of echo, block by block: median (least–largest), and
-`shm ratio` that of shm. The clients share the cores with the servers, so requests/s is of all of
-them together."""
+`shm ratio` and `grpc ratio` those of the other two. The clients share the cores with the servers,
+so requests/s is of all of them together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,7 @@ class Bench:
         save_block(self.block, folder)
         self.meshes: list[AsyncMesh] = []
         self.shared: list[AsyncMesh] = []  # to the cluster whose hops share memory
+        self.plain: list[AsyncMesh] = []  # to the one whose hops are gRPC alone
         self.echoes: list[EchoStream] = []
 
     async def measure(self, report: Report, case: Case, blocks: int) -> None:
@@ -118,8 +122,12 @@ class Bench:
             return lambda: echo.send(payload)
 
         expected = (rows.float() * weights.float().sum(1, keepdim=True)).to(rows.dtype)
-        meshes, shared = self.meshes[: case.clients], self.shared[: case.clients]
-        for mesh in [*meshes, *shared]:
+        meshes = {
+            "mesh": self.meshes[: case.clients],
+            "shm": self.shared[: case.clients],
+            "grpc": self.plain[: case.clients],
+        }
+        for mesh in chain.from_iterable(meshes.values()):
             output = await mesh.forward(rows, 0, timeout=_TIMEOUT_S, **routing)
             report.gate(str(case), output, expected, _TOLERANCE)
         for echo in self.echoes[: case.clients]:
@@ -127,9 +135,9 @@ class Bench:
                 raise WrongOutputError("the echo lost bytes")
         clients = {
             "echo": [echo_request(echo) for echo in self.echoes[: case.clients]],
-            "mesh": [mesh_request(mesh) for mesh in meshes],
-            "shm": [mesh_request(mesh) for mesh in shared],
         }
+        for name, members in meshes.items():
+            clients[name] = [mesh_request(mesh) for mesh in members]
         results: dict[str, list[Block]] = {name: [] for name in clients}
         for _ in range(blocks):
             for name, requests in clients.items():
@@ -143,7 +151,7 @@ def _add(report: Report, case: Case, results: dict[str, list[Block]]) -> None:
         for name, blocks in results.items()
     }
     columns: dict[str, object] = {}
-    for name in ("mesh", "shm", "echo"):
+    for name in ("mesh", "shm", "grpc", "echo"):
         latencies = [each for block in results[name] for each in block.latencies_ms]
         columns |= {
             f"{name} p50 ms": round(quantile(latencies, 0.5), 3),
@@ -155,19 +163,30 @@ def _add(report: Report, case: Case, results: dict[str, list[Block]]) -> None:
     samples = sum(len(block.latencies_ms) for block in results["mesh"])
     columns["ratio"] = ratios(p50["mesh"], p50["echo"])
     columns["shm ratio"] = ratios(p50["shm"], p50["echo"])
+    columns["grpc ratio"] = ratios(p50["grpc"], p50["echo"])
     report.add(str(case), **columns, samples=samples)
 
 
+class Routers(NamedTuple):
+    """Of the three clusters."""
+
+    usual: str
+    sharing: str
+    plain: str
+
+
 async def _measure_all(
-    bench: Bench, report: Report, router: str, sharing: str, echo: str, blocks: int
+    bench: Bench, report: Report, routers: Routers, echo: str, blocks: int
 ) -> None:
-    """`router` and `sharing` are the routers of the two clusters."""
     clients = max(case.clients for case in CASES)
     async with AsyncExitStack() as stack:
         for _ in range(clients):
-            bench.meshes.append(await stack.enter_async_context(connect_async(router)))
-            shared = connect_async(sharing, shared_memory="auto")
-            bench.shared.append(await stack.enter_async_context(shared))
+            connecting = connect_async(routers.plain, data_connections="off")
+            bench.plain.append(await stack.enter_async_context(connecting))
+            connecting = connect_async(routers.sharing, shared_memory="auto")
+            bench.shared.append(await stack.enter_async_context(connecting))
+            connecting = connect_async(routers.usual)
+            bench.meshes.append(await stack.enter_async_context(connecting))
             bench.echoes.append(EchoStream(echo))
             stack.push_async_callback(bench.echoes[-1].close)
         for case in CASES:
@@ -194,11 +213,20 @@ def main() -> None:
         folder = Path(name)
         bench = Bench(TINY_EXPERTS, folder)
         with (
-            cluster(folder, folder, _SHARDS, backend="noop") as router,
+            cluster(folder, folder, _SHARDS, backend="noop") as usual,
             cluster(folder, folder, _SHARDS, backend="noop", shared_memory="auto") as sharing,
+            cluster(
+                folder,
+                folder,
+                _SHARDS,
+                backend="noop",
+                router_settings="data_connections='off'",
+                name="plain",
+            ) as plain,
             echo_over_two_hops(folder, _SHARDS) as echo,
         ):
-            uvloop.run(_measure_all(bench, report, router, sharing, echo, arguments.blocks))
+            routers = Routers(usual, sharing, plain)
+            uvloop.run(_measure_all(bench, report, routers, echo, arguments.blocks))
     print(report.markdown())
     if arguments.json:
         report.write_json(arguments.json)

@@ -20,6 +20,7 @@ from stream_echo import SERVICE, echo_request
 
 from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE
 from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.data_port import host_of
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.heap import keep_freed_memory
 from expertmesh.rpc.lending import Lender
@@ -29,12 +30,13 @@ _KIB = (4, 8, 16, 32, 64, 128, 256, 512, 1024)  # of hidden states, each way
 _REQUESTS = 60  # in a block
 _ARENA_BYTES = 64 << 20
 _SAYS = f"""\
-A server in a process of its own sends back what it is sent; one request at a time. `tcp` is a
-stream whose payloads travel in messages, `copied` one that shares memory as a client does (an
-answer is copied out), `viewed` as a router does (an answer is used where it lies); here both lend
-memory for any size, otherwise only from `expertmesh.rpc.lending.LEAST_BYTES` on. Medians of
-{_REQUESTS} requests in us, then their median (least–largest) over blocks; ratios are of `tcp` over
-the other, block by block: above 1 shared memory is faster."""
+A server in a process of its own sends back what it is sent; one request at a time, all messages on
+data connections. `tcp` is a stream whose payloads travel in messages, `copied` one that shares
+memory as a client does (an answer is copied out), `viewed` as a router does (an answer is used
+where it lies); here both lend memory for any size, otherwise only from
+`expertmesh.rpc.lending.LEAST_BYTES` on. Medians of {_REQUESTS} requests in us, then their median
+(least–largest) over blocks; ratios are of `tcp` over the other, block by block: above 1 shared
+memory is faster."""
 
 
 async def _block(stream: FrameStream, report: Report, kib: int) -> float:
@@ -61,9 +63,18 @@ async def _measure(report: Report, address: str, blocks: int) -> None:
         for name, lender in lenders.items():
             channel = await stack.enter_async_context(open_channel(address))
             streams[name] = FrameStream(
-                channel, f"/{SERVICE}/Stream", EXECUTE_REQUEST, EXECUTE_RESPONSE, "echo", lender
+                channel,
+                f"/{SERVICE}/Stream",
+                EXECUTE_REQUEST,
+                EXECUTE_RESPONSE,
+                "echo",
+                lender,
+                host_of(address),
             )
             stack.push_async_callback(streams[name].close)
+            await streams[name].settled()
+            if not streams[name].has_connection:
+                raise WrongOutputError(f"{name}: no data connection")
             await streams[name].call(echo_request(4096), Deadline.after(60.0))
             if streams[name].transport != ("shm" if lender else "tcp"):
                 raise WrongOutputError(f"{name}: payloads travel by {streams[name].transport}")

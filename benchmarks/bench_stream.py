@@ -26,6 +26,7 @@ from stream_echo import SERVICE, echo_request
 
 from expertmesh.codec.messages import EXECUTE_REQUEST, EXECUTE_RESPONSE
 from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.data_port import host_of
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.heap import keep_freed_memory
 from expertmesh.rpc.stream import FrameStream
@@ -35,12 +36,12 @@ _SAYS = """\
 A server in a process of its own sends back what it is sent; one request at a time on one stream
 over loopback. GB/s counts the bytes of both ways: median (least–largest) of the blocks' medians.
 `ours` is `FrameStream` to `FrameSession` and back, from bf16 tensor to bf16 tensor, in Python's
-asyncio. `flight` is `DoExchange` of pyarrow (C++, threads), one record batch of uint8 each way.
-`bare` is what gRPC in Python takes at the least: the same bytes on a `grpc.aio` stream, in chunks
-of 1 MiB that are sent back one by one, in processes set up as ours are, without a tensor or a
-frame. `ratio` is GB/s of ours over Flight's, block by block, and `bare ratio` that of the bare
-stream. Client and server share two cores, unpinned; every byte of ours and Flight's is
-compared."""
+asyncio, over a data connection; `over gRPC` is the same without one. `flight` is `DoExchange` of
+pyarrow (C++, threads), one record batch of uint8 each way. `bare` is what gRPC in Python takes at
+the least: the same bytes on a `grpc.aio` stream, in chunks of 1 MiB that are sent back one by one,
+in processes set up as ours are, without a tensor or a frame. `ratio` is GB/s of ours over Flight's,
+block by block; `gRPC ratio` and `bare ratio` are those of the other two. Client and server share
+two cores, unpinned; every byte of ours and Flight's is compared."""
 
 
 def flight_python(wanted: str | None) -> str | None:
@@ -114,10 +115,17 @@ async def _measure(
 ) -> None:
     keep_freed_memory()  # as every client of ours does
     channel = open_channel(address)
-    stream = FrameStream(channel, f"/{SERVICE}/Stream", EXECUTE_REQUEST, EXECUTE_RESPONSE, "echo")
+    codecs = EXECUTE_REQUEST, EXECUTE_RESPONSE
+    method = f"/{SERVICE}/Stream"
+    stream = FrameStream(channel, method, *codecs, "echo", data_host=host_of(address))
+    plain = FrameStream(channel, method, *codecs, "echo")
     echo = EchoStream(bare_address)
+    await stream.settled()
+    if not stream.has_connection:
+        raise WrongOutputError("no data connection")
     runs: dict[str, _Run] = {
         "ours": lambda size, count: _ours(stream, report, size, count),
+        "over gRPC": lambda size, count: _ours(plain, report, size, count),
         "bare": lambda size, count: _bare(echo, size, count),
     }
     if flight is not None:
@@ -132,15 +140,20 @@ async def _measure(
         _add(report, _case(size), speeds)
     await echo.close()
     await stream.close()
+    await plain.close()
     await channel.close()
 
 
 def _add(report: Report, case: str, speeds: dict[str, list[float]]) -> None:
     columns: dict[str, object] = {
         f"{name} GB/s": Spread.of(speeds[name]) if name in speeds else "not installed"
-        for name in ("ours", "flight", "bare")
+        for name in ("ours", "over gRPC", "flight", "bare")
     }
-    for name, column in (("ours", "ratio"), ("bare", "bare ratio")):
+    for name, column in (
+        ("ours", "ratio"),
+        ("over gRPC", "gRPC ratio"),
+        ("bare", "bare ratio"),
+    ):
         peered = "flight" in speeds
         columns[column] = ratios(speeds[name], speeds["flight"]) if peered else ""
     report.add(case, **columns)

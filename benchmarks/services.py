@@ -67,11 +67,13 @@ def cluster(
     routers: int = 1,
     router_settings: str = "",
     expert_settings: str = "",
+    name: str = "",
 ) -> Iterator[str]:
     """A controller, routers and `shards` expert servers of one thread; the routers' addresses.
 
     `shared_memory` is the routers', with the expert servers. Settings are keyword arguments of
-    RouterConfig and ExpertConfig, as Python has them.
+    RouterConfig and ExpertConfig, as Python has them. Clusters of one folder differ in
+    `shared_memory` or `name`.
     """
     with whole_cluster(
         checkpoint,
@@ -82,6 +84,7 @@ def cluster(
         routers=routers,
         router_settings=router_settings,
         expert_settings=expert_settings,
+        name=name,
     ) as addresses:
         yield addresses.router
 
@@ -97,11 +100,12 @@ def whole_cluster(
     routers: int = 1,
     router_settings: str = "",
     expert_settings: str = "",
+    name: str = "",
 ) -> Iterator[Addresses]:
     """The same, for those who need the controller, too. Servers are shard-0, shard-1, ..."""
     with ExitStack() as stack:
         start = stack.enter_context
-        state = str(folder / f"state-{shared_memory}.sqlite")
+        state = str(folder / f"state-{shared_memory}{name}.sqlite")
         controller = start(service(folder, "-m", "load_controller", "--state", state))
         link = ("--controller", controller)
         run = _with_settings("router_service", "RouterConfig", router_settings)

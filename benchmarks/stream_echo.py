@@ -18,6 +18,7 @@ from expertmesh.codec.messages import (
 )
 from expertmesh.config import RpcConfig
 from expertmesh.rpc.admission import Admission
+from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.process import settle_memory
 from expertmesh.rpc.server import GrpcServer, stream_tensor
@@ -46,8 +47,9 @@ async def _echo(request: ExecuteRequest, _: Deadline) -> ExecuteResponse:
 async def _serve() -> None:
     config = RpcConfig(host="127.0.0.1")
     admission = Admission(config)
-    protocol = FrameProtocol(EXECUTE_REQUEST, EXECUTE_RESPONSE, _echo, admission)
-    server = GrpcServer(config, admission)
+    port = DataPort.of(config)
+    protocol = FrameProtocol(EXECUTE_REQUEST, EXECUTE_RESPONSE, _echo, admission, data_port=port)
+    server = GrpcServer(config, admission, data_port=port)
     server.add(SERVICE, {"Stream": stream_tensor(protocol)})
     # No reflection of a service that has no .proto: bind and listen, no more.
     await server.start()

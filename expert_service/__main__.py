@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+from typing import get_args
 
 # Before torch is loaded: threads that wait sleep, and leave the cores to those that compute whole
 # experts, and to the other services of the host.
@@ -15,7 +16,7 @@ import uvloop
 
 from expert_service.server import ExpertServer, Placing
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.config import RpcConfig
+from expertmesh.config import DataConnectionMode, RpcConfig
 from expertmesh.errors import ConfigError, MeshError
 from expertmesh.placement import initial_parts
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
@@ -43,6 +44,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for computing")
     parser.add_argument("--numa", default="off", help="pin to a NUMA node: off, auto or its number")
+    parser.add_argument(
+        "--data-connections",
+        choices=get_args(DataConnectionMode),
+        default="auto",
+        help="off: gRPC carries every byte; auto: TCP connections beside its streams do (auto)",
+    )
+    parser.add_argument(
+        "--data-port", type=int, default=0, help="where they are taken; 0 for any free port"
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -72,7 +82,11 @@ async def _serve(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         weights=arguments.weights,
         numa=arguments.numa,
-        rpc=RpcConfig(port=arguments.port),
+        rpc=RpcConfig(
+            port=arguments.port,
+            data_connections=arguments.data_connections,
+            data_port=arguments.data_port,
+        ),
         metrics_port=arguments.metrics_port,
     )
     await run_until_signal(

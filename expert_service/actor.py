@@ -13,6 +13,7 @@ import ray
 
 from expert_service.server import ExpertServer, Placing
 from expertmesh.checkpoint import Checkpoint
+from expertmesh.config import DataConnectionMode, RpcConfig
 from expertmesh.errors import CheckpointError, MeshError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc import loop
@@ -39,6 +40,7 @@ class ExpertServerOptions:
     threads: int = 1
     weights: str = "auto"
     numa: str = "off"
+    data_connections: DataConnectionMode = "auto"  # whether it takes any
     host: str = ""  # address to advertise; empty for the node's
     metrics_port: int | None = None  # 0 for any free one; None for no metrics
     #: Of a server that outlives whoever made it: the Ray namespace whose supervisor must be there.
@@ -87,6 +89,7 @@ class ExpertServerHost:
                 threads=options.threads,
                 weights=options.weights,
                 numa=options.numa,
+                rpc=RpcConfig(data_connections=options.data_connections),
                 metrics_port=options.metrics_port,
             )
             await server.start()

@@ -30,6 +30,7 @@ from expertmesh.errors import ConfigError, MeshError, UnavailableError
 from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Fp8ExpertWeights, Slot
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.answering import internal
+from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
@@ -104,14 +105,15 @@ class ExpertServer:
         self._initial = tuple(slots)
         self._planned = tuple(slots)  # what it holds, or will hold once loaded
         self._runner = DeviceRunner(self.shard, threads, config)
-        admission = Admission(rpc)
+        admission, data_port = Admission(rpc), DataPort.of(rpc)
         self._metrics = MetricsServer(
             lambda: metrics.read(self.status(), self.shard, self._runner, admission),
             rpc.host,
             metrics_port,
         )
-        self._server = GrpcServer(rpc, admission, self._metrics)
-        self._server.add(SERVICE, ExpertServicer(self, self._runner, admission).handlers())
+        self._server = GrpcServer(rpc, admission, self._metrics, data_port)
+        servicer = ExpertServicer(self, self._runner, admission, data_port)
+        self._server.add(SERVICE, servicer.handlers())
         self._mover = SlotMover(
             self.shard,
             self._runner,

@@ -12,6 +12,7 @@ from expertmesh.codec.slots import slots_of
 from expertmesh.errors import StaleEpochError, UnavailableError
 from expertmesh.model import Slot
 from expertmesh.rpc.admission import Admission
+from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
@@ -54,7 +55,13 @@ class Host(Protocol):
 class ExpertServicer:
     """Decode, one call, encode."""
 
-    def __init__(self, host: Host, runner: DeviceRunner, admission: Admission) -> None:
+    def __init__(
+        self,
+        host: Host,
+        runner: DeviceRunner,
+        admission: Admission,
+        data_port: DataPort | None = None,
+    ) -> None:
         self._host = host
         self._runner = runner
         self._protocol = FrameProtocol(
@@ -63,6 +70,7 @@ class ExpertServicer:
             widening(self.execute),
             admission,
             self.execute_now,
+            data_port,
         )
 
     def handlers(self) -> dict[str, Any]:

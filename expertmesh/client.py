@@ -17,7 +17,12 @@ from expertmesh.codec.messages import (
     ForwardRequest,
     ForwardResponse,
 )
-from expertmesh.config import SharedMemoryConfig, SharedMemoryMode
+from expertmesh.config import (
+    DataConnectionMode,
+    SharedMemoryConfig,
+    SharedMemoryMode,
+    check_data_connections,
+)
 from expertmesh.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -26,7 +31,7 @@ from expertmesh.errors import (
 )
 from expertmesh.info import MeshInfo, MeshLoad, info_of, load_of
 from expertmesh.request import deadline_after, make_request
-from expertmesh.rpc import heap, loop, status
+from expertmesh.rpc import data_port, heap, loop, status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
@@ -42,9 +47,15 @@ _CONTROL_TIMEOUT_S = 10.0
 class _RouterLink:
     """One router: a channel, and a stream that is reopened when it breaks."""
 
-    def __init__(self, address: str, shared_memory: SharedMemoryConfig) -> None:
+    def __init__(
+        self,
+        address: str,
+        shared_memory: SharedMemoryConfig,
+        data_connections: DataConnectionMode,
+    ) -> None:
         self.address = address
         self._shared_memory = shared_memory
+        self._data_host = data_port.host_of(address, data_connections)
         heap.keep_freed_memory()
         self._channel = open_channel(address)
         self.stub = router_pb2_grpc.RouterServiceStub(self._channel)
@@ -65,6 +76,7 @@ class _RouterLink:
                 FORWARD_RESPONSE,
                 f"router at {self.address}",
                 Lender.of(self._shared_memory, views=False),
+                self._data_host,
             )  # fmt: skip
             if old is not None:
                 await old.close()
@@ -94,10 +106,12 @@ class AsyncMesh:
         addresses: list[str],
         shared_memory: str | SharedMemoryConfig = "off",
         wire_dtype: torch.dtype | str | None = None,
+        data_connections: DataConnectionMode = "auto",
     ) -> None:
         self._wire_dtype = narrow.wire_dtype(wire_dtype)
         self._shared_memory = SharedMemoryConfig.of(shared_memory)
-        self._links = {each: _RouterLink(each, self._shared_memory) for each in addresses}
+        self._data_connections = check_data_connections(data_connections)
+        self._links = {each: self._link(each) for each in addresses}
         self._info: MeshInfo | None = None
         self._turn = 0
         self._closed = False
@@ -109,7 +123,10 @@ class AsyncMesh:
         local = any(_is_loopback(address) for address in self._links)
         for address in self._info.routers:
             if address not in self._links and (local or not _is_loopback(address)):
-                self._links[address] = _RouterLink(address, self._shared_memory)
+                self._links[address] = self._link(address)
+
+    def _link(self, address: str) -> _RouterLink:
+        return _RouterLink(address, self._shared_memory, self._data_connections)
 
     async def _describe(self, deadline: Deadline) -> MeshInfo:
         while True:
@@ -337,8 +354,9 @@ async def _open(
     timeout: float,
     shared_memory: str | SharedMemoryConfig,
     wire_dtype: torch.dtype | str | None,
+    data_connections: DataConnectionMode,
 ) -> AsyncMesh:
-    mesh = AsyncMesh(addresses, shared_memory, wire_dtype)
+    mesh = AsyncMesh(addresses, shared_memory, wire_dtype, data_connections)
     try:
         await mesh.open(timeout)
     except BaseException:
@@ -353,6 +371,7 @@ def connect_async(
     *,
     shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
     wire_dtype: torch.dtype | str | None = None,
+    data_connections: DataConnectionMode = "auto",
 ) -> Connecting:
     """Connects to a cluster by the address of a router, or several, separated by commas.
 
@@ -366,8 +385,12 @@ def connect_async(
     `wire_dtype` makes hidden states and answers travel narrower than the caller has them:
     "bfloat16" of float32, "float8_e4m3fn" of all three; answers are less exact then
     (docs/protocol.md has the error). What is as narrow already travels as it is.
+
+    Requests go over a TCP connection of their own, beside the gRPC stream that opened it, where the
+    router's host can be reached at its data port; with `data_connections` "off", over gRPC always.
     """
-    return Connecting(_open(_addresses(address), timeout, shared_memory, wire_dtype))
+    opening = _open(_addresses(address), timeout, shared_memory, wire_dtype, data_connections)
+    return Connecting(opening)
 
 
 def connect(
@@ -376,9 +399,11 @@ def connect(
     *,
     shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
     wire_dtype: torch.dtype | str | None = None,
+    data_connections: DataConnectionMode = "auto",
 ) -> Mesh:
     """The blocking, thread-safe twin of `connect_async`."""
-    return Mesh(loop.run(_open(_addresses(address), timeout, shared_memory, wire_dtype)))
+    opening = _open(_addresses(address), timeout, shared_memory, wire_dtype, data_connections)
+    return Mesh(loop.run(opening))
 
 
 def _is_loopback(address: str) -> bool:

@@ -13,6 +13,7 @@ BalanceMode = Literal["frozen", "adaptive", "off"]
 BalancePolicy = Literal["sign", "proportional"]
 _MAX_SHARED_BYTES = 1 << 30  # of one arena that a server maps
 SharedMemoryMode = Literal["auto", "off"]
+DataConnectionMode = Literal["auto", "off"]
 RateSchedule = Literal["constant", "inverse", "cosine"]
 WireDtype = Literal["bfloat16", "bf16", "float8_e4m3fn", "fp8"]
 ServerRates = Literal["equal", "measured"]  # by what rows and experts are divided over servers
@@ -27,6 +28,13 @@ def check_server_rates(server_rates: str) -> None:
     """Raises ConfigError for what no load controller knows."""
     _require(server_rates in get_args(ServerRates), "server_rates", server_rates,
              " or ".join(get_args(ServerRates)))  # fmt: skip
+
+
+def check_data_connections(mode: DataConnectionMode) -> DataConnectionMode:
+    """The mode itself. Raises ConfigError for one that is none."""
+    _require(mode in get_args(DataConnectionMode), "data_connections", mode,
+             " or ".join(get_args(DataConnectionMode)))  # fmt: skip
+    return mode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +131,9 @@ class RpcConfig:
 
     host: str = "0.0.0.0"  # every interface: peers are on other nodes
     port: int = 0  # 0: any free one, reported once bound
+    data_connections: DataConnectionMode = "auto"  # whether callers may open TCP beside their
+    # streams; "off": gRPC carries every byte
+    data_port: int = 0  # where they connect; 0: any free one
     max_request_bytes: int = 256 << 20  # one request's hidden states: 16k tokens of width 7168
     max_inflight_bytes: int = 1 << 30  # all requests' hidden states: beyond, QUEUE_FULL
     max_inflight_frames: int = 4096  # the same in number: each holds a task and a future
@@ -131,6 +142,9 @@ class RpcConfig:
     # sender, and others find a place
     stream_bytes: int = 256 << 20  # the same in bytes: a quarter, too
     drain_s: float = 5.0  # a stopping server lets this long pass for requests in flight
+
+    def __post_init__(self) -> None:
+        check_data_connections(self.data_connections)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +198,7 @@ class RouterConfig:
     # a divergence of 5 % to one part in ten with 8 experts a row
     sample_bytes: int = 1 << 20  # of scores in one report, over all layers: 58 layers of 256
     # experts get 17 rows each
+    data_connections: DataConnectionMode = "auto"  # to the expert servers: TCP beside the streams
     shared_memory: SharedMemoryConfig = SharedMemoryConfig()  # with the expert servers
     inline_rows: int = 64  # batches up to this are planned on the event loop: a thread hop costs
     # more than the work
@@ -195,6 +210,7 @@ class RouterConfig:
                  "router.wire_dtype", self.wire_dtype,
                  f"{', '.join(get_args(WireDtype))} or None")  # fmt: skip
         _require(self.overlap_after >= 0, "router.overlap_after", self.overlap_after, ">= 0")
+        check_data_connections(self.data_connections)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -135,7 +135,7 @@ class RouterActor(ServiceHost):
             router_id=options.router_id,
             controller=options.controller,
             host=options.host or ray.util.get_node_ip_address(),
-            rpc=RpcConfig(port=port),
+            rpc=RpcConfig(port=port, data_connections=options.config.data_connections),
             config=options.config,
             metrics_port=options.metrics_port,
         )

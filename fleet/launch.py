@@ -23,6 +23,7 @@ from expertmesh.client import connect
 from expertmesh.config import (
     AutoscaleConfig,
     BalanceConfig,
+    DataConnectionMode,
     RebalanceConfig,
     RouterConfig,
     ServerRates,
@@ -154,6 +155,7 @@ def launch(
     rebalance: RebalanceConfig | None = None,
     server_rates: ServerRates = "equal",
     shared_memory: str = "off",
+    data_connections: DataConnectionMode = "auto",
     wire_dtype: WireDtype | None = None,
     progress: Progress | None = None,
     command: str = "launch",
@@ -183,8 +185,9 @@ def launch(
     slots of one part. With `rebalance` experts move between servers by themselves, where some have
     more to do than others; with `server_rates` "measured" a faster server gets more of the work
     (CPUs and GPUs together, for instance). See docs/operations.md. With `shared_memory` "auto"
-    routers share memory with the expert servers of their node. `wire_dtype` is what hidden states
-    and partial sums travel as between routers and expert servers, "bfloat16" for instance
+    routers share memory with the expert servers of their node. With `data_connections` "off" gRPC
+    carries every byte; else TCP connections beside its streams do. `wire_dtype` is what hidden
+    states and partial sums travel as between routers and expert servers, "bfloat16" for instance
     (docs/protocol.md has the error); None for the caller's own type.
     """
     path = checked_path(checkpoint)
@@ -197,7 +200,9 @@ def launch(
     if autoscale is not None:
         check_autoscale(autoscale, shards, replicas, ray_address, cpus_per_server, rebalance)
     between = RouterConfig(  # refused before anything starts
-        shared_memory=SharedMemoryConfig.of(shared_memory), wire_dtype=wire_dtype
+        shared_memory=SharedMemoryConfig.of(shared_memory),
+        data_connections=data_connections,
+        wire_dtype=wire_dtype,
     )
     services = 0 if controller else routers + 1
     ports = metrics_ports(
@@ -236,6 +241,7 @@ def launch(
             threads=request.threads,
             weights=weights,
             numa=numa,
+            data_connections=data_connections,
             host=host,
         )
         if autoscale is None:

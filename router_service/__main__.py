@@ -8,7 +8,13 @@ from typing import get_args
 
 import uvloop
 
-from expertmesh.config import RouterConfig, RpcConfig, SharedMemoryConfig, WireDtype
+from expertmesh.config import (
+    DataConnectionMode,
+    RouterConfig,
+    RpcConfig,
+    SharedMemoryConfig,
+    WireDtype,
+)
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from router_service.server import RouterServer, open_model
 
@@ -35,6 +41,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=get_args(WireDtype),
         help="what hidden states travel as to and from expert servers; their own type if not given",
     )
+    parser.add_argument(
+        "--data-connections",
+        choices=get_args(DataConnectionMode),
+        default="auto",
+        help="off: gRPC carries every byte; auto: TCP connections beside its streams do (auto)",
+    )
+    parser.add_argument(
+        "--data-port", type=int, default=0, help="where they are taken; 0 for any free port"
+    )
     parser.add_argument("--metrics-port", type=int, help="serve /metrics there; 0 for any port")
     return parser.parse_args(argv)
 
@@ -45,9 +60,14 @@ async def _serve(arguments: argparse.Namespace) -> None:
         router_id=arguments.router_id,
         controller=arguments.controller,
         host=arguments.host,
-        rpc=RpcConfig(port=arguments.port),
+        rpc=RpcConfig(
+            port=arguments.port,
+            data_connections=arguments.data_connections,
+            data_port=arguments.data_port,
+        ),
         config=RouterConfig(
             shared_memory=SharedMemoryConfig(mode=arguments.shared_memory),
+            data_connections=arguments.data_connections,
             wire_dtype=arguments.wire_dtype,
         ),
         metrics_port=arguments.metrics_port,

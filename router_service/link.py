@@ -16,7 +16,7 @@ from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
 from expertmesh.errors import MeshError, MismatchError, UnavailableError
 from expertmesh.model import PROTOCOL_VERSION
-from expertmesh.rpc import status
+from expertmesh.rpc import data_port, status
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
@@ -70,7 +70,7 @@ class ServerLink:
     @property
     def transport(self) -> str:
         """See `FrameStream.transport`."""
-        return self._stream.transport if self._stream is not None else "tcp"
+        return self._stream.transport if self._stream is not None else "grpc"
 
     def update(self, announced: router_pb2.ServerStatus) -> None:
         """Takes what the directory now says; another endpoint or incarnation reconnects."""
@@ -141,6 +141,7 @@ class ServerLink:
             messages.EXECUTE_RESPONSE,
             f"expert server {self.announced.server_id} at {endpoint}",
             Lender.of(self._config.shared_memory, views=True),
+            data_port.host_of(endpoint, self._config.data_connections),
         )
         self.error = ""
         self._suspect_until = 0.0

@@ -13,6 +13,7 @@ from expertmesh.config import RouterConfig, RpcConfig
 from expertmesh.errors import CheckpointError, MeshError
 from expertmesh.model import GateWeights
 from expertmesh.rpc.admission import Admission
+from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
@@ -73,13 +74,13 @@ class RouterServer:
         rpc = rpc or RpcConfig()
         self.router = Router(model, ExpertPool(model.digest, config), config)
         self._host = host
-        admission = Admission(rpc)
+        admission, data_port = Admission(rpc), DataPort.of(rpc)
         self._metrics = MetricsServer(
             lambda: metrics.read(self.router, self._link, admission), rpc.host, metrics_port
         )
-        self._server = GrpcServer(rpc, admission, self._metrics)
+        self._server = GrpcServer(rpc, admission, self._metrics, data_port)
         self._link = ControllerLink(self.router, router_id, controller, config.report_every_s)
-        servicer = RouterServicer(self.router, self._link, admission)
+        servicer = RouterServicer(self.router, self._link, admission, data_port)
         self._server.add(SERVICE, servicer.handlers())
         self._tasks = TaskSet()
 

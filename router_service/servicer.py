@@ -9,6 +9,7 @@ from expertmesh.codec import messages, tensors
 from expertmesh.errors import UnavailableError
 from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.rpc.admission import Admission
+from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.narrowing import widening
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
@@ -23,7 +24,13 @@ SERVICE = "expertmesh.v1.RouterService"
 class RouterServicer:
     """Decode, one call, encode."""
 
-    def __init__(self, router: Router, controller: ControllerLink, admission: Admission) -> None:
+    def __init__(
+        self,
+        router: Router,
+        controller: ControllerLink,
+        admission: Admission,
+        data_port: DataPort | None = None,
+    ) -> None:
         self._router = router
         self._controller = controller
         self._protocol = FrameProtocol(
@@ -31,6 +38,7 @@ class RouterServicer:
             messages.FORWARD_RESPONSE,
             widening(router.forward),
             admission,
+            data_port=data_port,
         )
 
     def handlers(self) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +89,65 @@ class RawStream:
         self.call.cancel()
 
 
+class RawConnection:
+    """The same over a data connection, opened beside the stream as docs/protocol.md says."""
+
+    def __init__(
+        self, method: Any, answer_type: Any, token: bytes | None = None, waits: bool = True
+    ) -> None:
+        """Says that token instead of the stream's; `waits` for the welcome."""
+        self._out: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        offer = tensor_pb2.DataConnectionOffer().SerializeToString()
+        self.call = method(
+            iter(self._out.get, None),
+            timeout=TIMEOUT_S,
+            metadata=(("expertmesh-data-bin", offer),),
+        )
+        metadata = dict(self.call.initial_metadata())
+        self.answer = tensor_pb2.DataConnectionAnswer.FromString(metadata["expertmesh-data-bin"])
+        self._answer_type = answer_type
+        self.socket = socket.create_connection(("127.0.0.1", self.answer.port), TIMEOUT_S)
+        self.send(tensor_pb2.DataConnectionHello(token=token or self.answer.token))
+        if token is None and waits:
+            tensor_pb2.DataConnectionWelcome.FromString(self._read())
+
+    def send(self, *messages: Any) -> None:
+        """Sends messages in this order."""
+        for message in messages:
+            self.send_bytes(message.SerializeToString())
+
+    def send_on_call(self, message: Any) -> None:
+        """Sends a message on the stream itself."""
+        self._out.put(message)
+
+    def send_bytes(self, data: bytes) -> None:
+        """Sends anything as one message."""
+        self.socket.sendall(struct.pack("<I", len(data)) + data)
+
+    def receive(self) -> Any:
+        """The next message. Raises StopIteration at the end of the connection."""
+        return self._answer_type.FromString(self._read())
+
+    def _read(self) -> bytes:
+        (length,) = struct.unpack("<I", self._read_exactly(4))
+        return self._read_exactly(length)
+
+    def _read_exactly(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            got = self.socket.recv(length - len(data))
+            if not got:
+                raise StopIteration
+            data += got
+        return bytes(data)
+
+    def close(self) -> None:
+        """Ends stream and connection."""
+        self._out.put(None)
+        self.call.cancel()
+        self.socket.close()
+
+
 def details(error: grpc.RpcError) -> tuple[str, list[str], float | None]:
     """(reason, fields at fault, seconds to wait or None) of a failed call's rich status."""
     status = rpc_status.from_call(error)  # type: ignore[arg-type]
@@ -129,11 +190,17 @@ def admission(server: RouterServer | ExpertServer) -> Admission:
 
 @contextmanager
 def devices_held(mesh: LocalMesh) -> Iterator[None]:
-    """Every expert server's device thread waits until the block ends."""
-    gate = threading.Event()
+    """Every expert server's device thread waits until the block ends, from before it begins."""
+    gate, held = threading.Event(), threading.Barrier(len(mesh.servers) + 1)
+
+    def hold() -> None:
+        held.wait(TIMEOUT_S)
+        gate.wait()
+
     for server in mesh.servers:
-        loop.submit(server._runner.call(gate.wait))
+        loop.submit(server._runner.call(hold))
     try:
+        held.wait(TIMEOUT_S)
         yield
     finally:
         gate.set()

@@ -15,9 +15,15 @@ from itertools import chain
 from expertmesh.codec import tensors, wire
 from expertmesh.codec.messages import Codec, M
 from expertmesh.codec.references import Blocks
+from expertmesh.codec.wire import Buffer
 from expertmesh.errors import InvalidRequestError, MeshError, from_wire
 
 CHUNK_BYTES = 1 << 20
+#: Up to this a message is joined at once: that costs less than to hand its parts over one by one.
+_JOINED_BYTES = 16 << 10
+Parts = tuple[Buffer, ...]
+Message = bytes | Parts  # one message of a stream; whoever writes it joins its parts, or does not
+_CHUNK_HEAD = 33  # bytes before the elements, at the most: three tags and three numbers
 _MAX_RETRY_AFTER_S = 3600.0
 _FRAME_ID, _START, _CHUNK, _END, _TIMEOUT_US, _TRACEPARENT = 1, 2, 3, 4, 5, 6
 _BLOCKS, _RETURNED, _SHARED = 7, 8, 9
@@ -74,6 +80,11 @@ class Credit:
     bytes: int
 
 
+def joined(message: Message) -> bytes:
+    """The message in one piece, as gRPC takes it."""
+    return message if isinstance(message, bytes) else b"".join(message)
+
+
 def encode(
     codec: Codec[M],
     message: M,
@@ -81,22 +92,31 @@ def encode(
     timeout_us: int = 0,
     traceparent: str = "",
     takes_credit: bool = False,
-) -> Iterator[bytes]:
+) -> Iterator[Message]:
     """The stream messages of one frame, in order: a start, then chunks while elements are left.
 
-    The start is made at once, so that what cannot be encoded fails here; chunks as they are taken.
+    What is not short comes in parts, of which the elements are a view of the tensor's. The start is
+    made at once, so that what cannot be encoded fails here; chunks as they are taken.
     """
     data = tensors.payload(message.hidden_states)
+    if len(data) > _JOINED_BYTES and tensors.is_part(message.hidden_states):
+        data = memoryview(bytes(data))  # else, while it waits, it would keep the whole
     first = min(len(data), CHUNK_BYTES)
     head, tail = codec.encode(message, first)
     identity = wire.field_varint(_FRAME_ID, frame_id)
-    trailer = wire.field_varint(_TIMEOUT_US, timeout_us) + wire.field_text(
-        _TRACEPARENT, traceparent
-    )
-    trailer += wire.field_varint(_TAKES_CREDIT, takes_credit)
-    prefix = wire.length_prefix(_START, len(head) + first + len(tail))
-    start = (b"".join((identity, prefix, head, data[:first], tail, trailer)),)
-    return chain(start, _chunks(identity, data)) if first < len(data) else iter(start)
+    before = identity + wire.length_prefix(_START, len(head) + first + len(tail)) + head
+    after = tail
+    if timeout_us:
+        after += wire.field_varint(_TIMEOUT_US, timeout_us)
+    if traceparent:
+        after += wire.field_text(_TRACEPARENT, traceparent)
+    if takes_credit:
+        after += wire.field_varint(_TAKES_CREDIT, takes_credit)
+    if first <= _JOINED_BYTES:
+        return iter((b"".join((before, data, after)),))
+    if first == len(data):
+        return iter(((before, data, after),))
+    return chain(((before, data[:first], after),), _chunks(identity, data))
 
 
 def encode_by_reference(
@@ -129,11 +149,11 @@ def encode_by_reference(
     )
 
 
-def _chunks(identity: bytes, data: memoryview) -> Iterator[bytes]:
+def _chunks(identity: bytes, data: memoryview) -> Iterator[Parts]:
     for at in range(CHUNK_BYTES, len(data), CHUNK_BYTES):
         part = data[at : at + CHUNK_BYTES]
         chunk = wire.length_prefix(1, len(part))
-        yield b"".join((identity, wire.length_prefix(_CHUNK, len(chunk) + len(part)), chunk, part))
+        yield identity + wire.length_prefix(_CHUNK, len(chunk) + len(part)) + chunk, part
 
 
 def encode_cancel(frame_id: int) -> bytes:
@@ -165,7 +185,7 @@ def encode_error(frame_id: int, error: MeshError) -> bytes:
     return wire.field_varint(_FRAME_ID, frame_id) + wire.field_bytes(_END, body)
 
 
-def decode(buffer: bytes) -> Start | Chunk | End | Returned | Credit:
+def decode(buffer: Buffer) -> Start | Chunk | End | Returned | Credit:
     """One stream message. Raises InvalidRequestError, nothing else."""
     frame_id = timeout_us = kind_seen = at = end = shared = 0
     traceparent, takes_credit = "", False
@@ -207,7 +227,29 @@ def decode(buffer: bytes) -> Start | Chunk | End | Returned | Credit:
     raise InvalidRequestError("the stream message names no kind: expected a start, chunk or end")
 
 
-def _credit(buffer: bytes, at: int, end: int) -> tuple[int, int]:
+def chunk_at(head: memoryview, length: int) -> Chunk | None:
+    """Where the elements lie in a chunk of `length` bytes of which only the first are here.
+
+    None for what is no chunk, has too little of it here, or is laid out as no encoder does it:
+    `decode` the whole message then.
+    """
+    if len(head) < _CHUNK_HEAD or head[0] != _FRAME_ID << 3:
+        return None
+    try:
+        frame_id, at = wire.read_varint(head, 1, len(head))
+        if head[at] != _CHUNK << 3 | wire.BYTES:
+            return None
+        inside, at = wire.read_varint(head, at + 1, len(head))
+        end = at + inside
+        if head[at] != 1 << 3 | wire.BYTES:
+            return None
+        size, at = wire.read_varint(head, at + 1, len(head))
+    except InvalidRequestError:
+        return None
+    return Chunk(frame_id, at, at + size) if at + size == end == length else None
+
+
+def _credit(buffer: Buffer, at: int, end: int) -> tuple[int, int]:
     granted = {1: 0, 2: 0}
     for number, kind, value, _ in wire.fields(buffer, at, end):
         if number in granted:
@@ -216,7 +258,7 @@ def _credit(buffer: bytes, at: int, end: int) -> tuple[int, int]:
     return granted[1], granted[2]
 
 
-def _chunk_data(buffer: bytes, at: int, end: int) -> tuple[int, int]:
+def _chunk_data(buffer: Buffer, at: int, end: int) -> tuple[int, int]:
     start = stop = at
     for number, kind, value, upto in wire.fields(buffer, at, end):
         if number == 1:
@@ -225,7 +267,7 @@ def _chunk_data(buffer: bytes, at: int, end: int) -> tuple[int, int]:
     return start, stop
 
 
-def decode_error(buffer: bytes, at: int, end: int) -> MeshError:
+def decode_error(buffer: Buffer, at: int, end: int) -> MeshError:
     """The error of an `End` that a server sent. Raises InvalidRequestError."""
     code, texts, retry_after_s = 0, {2: "", 3: "", 4: ""}, 0.0
     for number, kind, value, upto in wire.fields(buffer, at, end):

@@ -14,6 +14,7 @@ import torch
 
 from expertmesh.codec import tensors, wire
 from expertmesh.codec.tensors import TensorPart
+from expertmesh.codec.wire import Buffer
 
 PASS = 2  # of NonFinitePolicy; whatever else it says, the request is refused
 
@@ -98,7 +99,7 @@ class Codec(Protocol[M]):
         """(head, tail) around `data_length` bytes of hidden states."""
         ...
 
-    def decode(self, buffer: bytes, at: int, end: int, max_bytes: int) -> Pending[M]:
+    def decode(self, buffer: Buffer, at: int, end: int, max_bytes: int) -> Pending[M]:
         """Reads buffer[at:end]. Raises InvalidRequestError, nothing else."""
         ...
 
@@ -114,7 +115,7 @@ class _Fields:
 
     def __init__(
         self,
-        buffer: bytes,
+        buffer: Buffer,
         at: int,
         end: int,
         max_bytes: int,
@@ -135,8 +136,7 @@ class _Fields:
             elif number in tensors_:
                 name = tensors_[number]
                 wire.expect(kind, wire.BYTES, name)
-                part = tensors.read(buffer, value, upto, name, max_bytes)
-                self.tensors[number] = tensors.require_complete(part, name)
+                self.tensors[number] = tensors.read_whole(buffer, value, upto, name, max_bytes)
             elif number in integers:
                 wire.expect(kind, wire.VARINT, f"field {number}")
                 self.numbers[number] = value
@@ -169,7 +169,7 @@ class ForwardRequestCodec:
         )
         return head, tail
 
-    def decode(self, buffer: bytes, at: int, end: int, max_bytes: int) -> Pending[ForwardRequest]:
+    def decode(self, buffer: Buffer, at: int, end: int, max_bytes: int) -> Pending[ForwardRequest]:
         """See Codec."""
         got = _Fields(
             buffer,
@@ -212,7 +212,7 @@ class ForwardResponseCodec:
         )
         return tensors.header(message.hidden_states, 1, data_length)[0], tail
 
-    def decode(self, buffer: bytes, at: int, end: int, max_bytes: int) -> Pending[ForwardResponse]:
+    def decode(self, buffer: Buffer, at: int, end: int, max_bytes: int) -> Pending[ForwardResponse]:
         """See Codec."""
         got = _Fields(
             buffer,
@@ -253,7 +253,7 @@ class ExecuteRequestCodec:
         )
         return head, tail
 
-    def decode(self, buffer: bytes, at: int, end: int, max_bytes: int) -> Pending[ExecuteRequest]:
+    def decode(self, buffer: Buffer, at: int, end: int, max_bytes: int) -> Pending[ExecuteRequest]:
         """See Codec."""
         got = _Fields(
             buffer,
@@ -286,7 +286,7 @@ class ExecuteResponseCodec:
         tail += tensors.field(6, message.hidden_states_scale)
         return tensors.header(message.hidden_states, 1, data_length)[0], tail
 
-    def decode(self, buffer: bytes, at: int, end: int, max_bytes: int) -> Pending[ExecuteResponse]:
+    def decode(self, buffer: Buffer, at: int, end: int, max_bytes: int) -> Pending[ExecuteResponse]:
         """See Codec."""
         got = _Fields(
             buffer,
@@ -319,6 +319,6 @@ def encode_whole(codec: Codec[M], message: M) -> bytes:
     return b"".join((head, data, tail))
 
 
-def decode_whole(codec: Codec[M], buffer: bytes, max_bytes: int) -> M:
+def decode_whole(codec: Codec[M], buffer: Buffer, max_bytes: int) -> M:
     """One message, whole, as from a unary RPC. Raises InvalidRequestError."""
     return codec.decode(buffer, 0, len(buffer), max_bytes).finish()

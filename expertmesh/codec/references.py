@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from expertmesh.codec import wire
+from expertmesh.codec.wire import Buffer
 from expertmesh.errors import InvalidRequestError
 
 #: Blocks begin at multiples of this: a cache line, and every element type's size.
@@ -32,7 +33,7 @@ class Blocks:
         )
 
     @classmethod
-    def decode(cls, buffer: bytes, at: int, end: int) -> Blocks:
+    def decode(cls, buffer: Buffer, at: int, end: int) -> Blocks:
         """Reads buffer[at:end]. Raises InvalidRequestError, nothing else."""
         numbers = {1: 0, 2: 0, 3: 0, 4: 0}
         for number, kind, value, _ in wire.fields(buffer, at, end):

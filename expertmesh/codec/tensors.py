@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from expertmesh.codec import wire
+from expertmesh.codec.wire import Buffer
 from expertmesh.errors import InvalidRequestError, MessageTooLargeError
 
 # Received bytes are immutable and every tensor viewing them is only read; torch cannot know, and
@@ -68,7 +69,7 @@ class TensorPart:
     shape: tuple[int, ...]
     total: int  # bytes of the whole tensor
     have: int
-    buffer: bytes | memoryview  # holds the bytes that arrived, from `start` on
+    buffer: Buffer  # holds the bytes that arrived, from `start` on
     start: int
     storage: torch.Tensor | None = None  # uint8 [total], once a chunk has to be appended
 
@@ -77,23 +78,38 @@ class TensorPart:
         """Whether every element is here."""
         return self.have == self.total
 
-    def append(self, buffer: bytes, start: int, end: int) -> None:
+    def room(self, size: int) -> memoryview | None:
+        """Memory for the next bytes, to be written and then `written`; None for too many."""
+        if self.have + size > self.total:
+            return None
+        if self.storage is None:
+            self._store()
+        assert isinstance(self.buffer, memoryview)
+        return self.buffer[self.have : self.have + size]
+
+    def written(self, size: int) -> None:
+        """So many bytes have been written where `room` was."""
+        self.have += size
+
+    def _store(self) -> None:
+        """Makes memory for every byte, and puts those there that are here."""
+        self.storage = torch.empty(self.total, dtype=torch.uint8)
+        view = self.storage.numpy().data
+        view[: self.have] = memoryview(self.buffer)[self.start : self.start + self.have]
+        self.buffer, self.start = view, 0
+
+    def append(self, buffer: Buffer, start: int, end: int) -> None:
         """Adds the next bytes. Raises InvalidRequestError when there are too many."""
         size = end - start
-        if self.have + size > self.total:
+        room = self.room(size)
+        if room is None:
             raise InvalidRequestError(
                 f"chunks bring {self.have + size} bytes but the shape {list(self.shape)} holds "
                 f"{self.total}",
                 field="hidden_states.data",
             )
-        if self.storage is None:
-            self.storage = torch.empty(self.total, dtype=torch.uint8)
-            view = self.storage.numpy().data
-            view[: self.have] = memoryview(self.buffer)[self.start : self.start + self.have]
-            self.buffer, self.start = view, 0
-        assert isinstance(self.buffer, memoryview)
-        self.buffer[self.have : self.have + size] = memoryview(buffer)[start:end]
-        self.have += size
+        room[:] = memoryview(buffer)[start:end]
+        self.written(size)
 
     def refer(self, memory: memoryview) -> None:
         """Takes every element from elsewhere: `total` bytes in memory that the peer shares."""
@@ -110,11 +126,7 @@ class TensorPart:
             return torch.empty(self.shape, dtype=self.dtype)
         if self.storage is not None:
             return self.storage.view(self.dtype).view(self.shape)
-        stand_in = _NUMPY_BY_DTYPE[self.dtype]
-        count = self.total // self.dtype.itemsize
-        flat = np.frombuffer(self.buffer, stand_in, count, self.start)
-        view = torch.from_numpy(flat.reshape(self.shape))
-        return view if self.dtype in _IN_NUMPY else view.view(self.dtype)
+        return _view(self.buffer, self.start, self.dtype, self.shape, self.total)
 
 
 def payload(tensor: torch.Tensor) -> memoryview:
@@ -128,6 +140,11 @@ def payload(tensor: torch.Tensor) -> memoryview:
     if tensor.dtype not in _IN_NUMPY:
         tensor = tensor.view(torch.uint8 if tensor.dtype.itemsize == 1 else torch.int16)
     return tensor.numpy().data.cast("B")
+
+
+def is_part(tensor: torch.Tensor) -> bool:
+    """Whether it is less than half of the memory that it keeps: some rows of a batch, say."""
+    return tensor.untyped_storage().nbytes() > 2 * tensor.nbytes
 
 
 def header(tensor: torch.Tensor, number: int, data_length: int) -> tuple[bytes, int]:
@@ -158,14 +175,14 @@ def field(number: int, tensor: torch.Tensor | None) -> bytes:
     return b"".join((header(tensor, number, len(data))[0], data))
 
 
-def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorPart:
+def read(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> TensorPart:
     """Reads one `Tensor` message; its elements may be a prefix.
 
     Raises InvalidRequestError when the parts disagree, MessageTooLargeError when the shape holds
     more than `max_bytes`.
     """
     start = _elements_at(buffer, at, end)
-    layout = _layouts.get(buffer[at:start])
+    layout = _layouts.get(bytes(buffer[at:start]))
     if layout is not None and layout.have == end - start and layout.total <= max_bytes:
         return TensorPart(layout.dtype, layout.shape, layout.total, layout.have, buffer, start)
     part, stop = _read_fields(buffer, at, end, name, max_bytes)
@@ -173,11 +190,31 @@ def read(buffer: bytes, at: int, end: int, name: str, max_bytes: int) -> TensorP
         if len(_layouts) >= _REMEMBERED:
             _layouts.clear()
         layout = _Layout(part.dtype, part.shape, part.total, part.have)
-        _layouts[buffer[at:start]] = layout
+        _layouts[bytes(buffer[at:start])] = layout
     return part
 
 
-def _elements_at(buffer: bytes, at: int, end: int) -> int:
+def read_whole(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> torch.Tensor:
+    """The tensor of a `Tensor` message that has all elements. Raises as `read` does, and
+    InvalidRequestError when some are missing."""
+    start = _elements_at(buffer, at, end)
+    layout = _layouts.get(bytes(buffer[at:start]))
+    if layout is not None and 0 < layout.total == layout.have == end - start <= max_bytes:
+        return _view(buffer, start, layout.dtype, layout.shape, layout.total)
+    return require_complete(read(buffer, at, end, name, max_bytes), name)
+
+
+def _view(
+    buffer: Buffer, start: int, dtype: torch.dtype, shape: tuple[int, ...], size: int
+) -> torch.Tensor:
+    """A tensor of `size` bytes, one or more, where they lie in the buffer."""
+    stand_in = _NUMPY_BY_DTYPE[dtype]
+    flat = np.frombuffer(buffer, stand_in, size // dtype.itemsize, start)
+    tensor = torch.from_numpy(flat.reshape(shape))
+    return tensor if dtype in _IN_NUMPY else tensor.view(dtype)
+
+
+def _elements_at(buffer: Buffer, at: int, end: int) -> int:
     """Where the elements begin, if the tensor is laid out as every encoder does it."""
     if end - at < 6:
         return at
@@ -189,7 +226,7 @@ def _elements_at(buffer: bytes, at: int, end: int) -> int:
 
 
 def _read_fields(
-    buffer: bytes, at: int, end: int, name: str, max_bytes: int
+    buffer: Buffer, at: int, end: int, name: str, max_bytes: int
 ) -> tuple[TensorPart, int]:
     """The tensor, read field by field, and where its elements end."""
     dtype_number, shape, start, stop = 0, [], at, at
@@ -207,7 +244,7 @@ def _read_fields(
     return _checked(buffer, dtype_number, tuple(shape), start, stop, name, max_bytes), stop
 
 
-def _extents(buffer: bytes, kind: int, value: int, upto: int, name: str) -> list[int]:
+def _extents(buffer: Buffer, kind: int, value: int, upto: int, name: str) -> list[int]:
     if kind == wire.VARINT:  # a peer may send repeated integers unpacked
         return [wire.signed(value)]
     wire.expect(kind, wire.BYTES, f"{name}.shape")
@@ -219,7 +256,7 @@ def _extents(buffer: bytes, kind: int, value: int, upto: int, name: str) -> list
 
 
 def _checked(
-    buffer: bytes,
+    buffer: Buffer,
     dtype_number: int,
     shape: tuple[int, ...],
     start: int,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import grpc
 import grpc.aio
 
+from expertmesh.config import RpcConfig
+
+_SLACK_BYTES = 8 << 20  # ids, weights and headers beside the hidden states
+
 #: Both ends: message sizes are bounded by our own limits; dead peers are noticed within 30 s even
 #: when no packet says so; nothing waits two minutes to reconnect.
 #: What an HTTP/2 frame may hold, on either side: a chunk with its header, not one in 64 of it.
@@ -23,6 +27,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # clients of a process would serialise them.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+def max_message_bytes(config: RpcConfig) -> int:
+    """The longest message that a server takes, by whichever way it comes."""
+    return config.max_request_bytes + _SLACK_BYTES
 
 
 def open_channel(endpoint: str) -> grpc.aio.Channel:

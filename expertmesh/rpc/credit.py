@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
+from expertmesh.codec.frames import Message
+
 _INITIAL_FRAMES, _INITIAL_BYTES = 256, 64 << 20  # what every server of ours has room for
-_Send = Callable[[int, Iterator[bytes]], None]
+_Send = Callable[[int, Iterator[Message]], None]
 
 
 class CreditGate:
@@ -27,14 +29,14 @@ class CreditGate:
         self._heard = False
         self._sent: dict[int, int] = {}  # bytes by frame
         self._sent_bytes = 0
-        self._waiting: deque[tuple[int, int, Iterator[bytes]]] = deque()
+        self._waiting: deque[tuple[int, int, Iterator[Message]]] = deque()
 
     @property
     def heard(self) -> bool:
         """Whether the server has said anything yet."""
         return self._heard
 
-    def put(self, frame_id: int, size: int, messages: Iterator[bytes]) -> None:
+    def put(self, frame_id: int, size: int, messages: Iterator[Message]) -> None:
         """Sends a frame of that many bytes now, or when there is credit."""
         self._waiting.append((frame_id, size, messages))
         self._let_through()

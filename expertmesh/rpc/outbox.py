@@ -10,8 +10,10 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 
+from expertmesh.codec.frames import Message, joined
+
 _MAX_FRAMES = 1024  # beyond, who fills the outbox waits for `room`
-_Entry = tuple[int, Iterator[bytes], Callable[[], None] | None]
+_Entry = tuple[int, Iterator[Message], Callable[[], None] | None]
 
 
 class Outbox:
@@ -21,7 +23,9 @@ class Outbox:
     before taking in more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_put: Callable[[], None] | None = None) -> None:
+        """Written by `run`; or by `on_put`, called whenever something is put, with `take`."""
+        self._on_put = on_put
         self._frames: deque[_Entry] = deque()
         self._waiting: asyncio.Future[None] | None = None
         self._empty, self._room = asyncio.Event(), asyncio.Event()
@@ -30,7 +34,7 @@ class Outbox:
     def put(
         self,
         frame_id: int,
-        messages: Iterator[bytes],
+        messages: Iterator[Message],
         on_done: Callable[[], None] | None = None,
     ) -> None:
         """Queues the messages of one frame; `on_done` is called once they are out, or dropped."""
@@ -38,7 +42,9 @@ class Outbox:
         self._empty.clear()
         if len(self._frames) > _MAX_FRAMES:
             self._room.clear()
-        if self._waiting is not None and not self._waiting.done():
+        if self._on_put is not None:
+            self._on_put()
+        elif self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     def discard(self, frame_id: int) -> None:
@@ -52,6 +58,11 @@ class Outbox:
         """Drops everything: nobody writes any more."""
         dropped, self._frames = self._frames, deque()
         self._done(dropped)
+
+    def stop(self) -> None:
+        """Drops everything, and calls nobody any more."""
+        self._on_put = None
+        self.clear()
 
     def _done(self, entries: Iterable[_Entry]) -> None:
         if len(self._frames) <= _MAX_FRAMES:
@@ -73,18 +84,23 @@ class Outbox:
         """Returns once everything queued has been written."""
         await self._empty.wait()
 
-    async def run(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Writes messages for ever; ends with what `write` raises."""
-        loop = asyncio.get_running_loop()
-        while True:
-            while not self._frames:
-                self._empty.set()
-                self._waiting = loop.create_future()
-                await self._waiting
+    def take(self) -> Message | None:
+        """The next message; None when there is none. A frame is out when it is asked for more."""
+        while self._frames:
             entry = self._frames.popleft()
             message = next(entry[1], None)
             if message is not None:
                 self._frames.append(entry)
-                await write(message)
-            else:
-                self._done((entry,))
+                return message
+            self._done((entry,))
+        self._empty.set()
+        return None
+
+    async def run(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """Writes messages for ever; ends with what `write` raises."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while (message := self.take()) is not None:
+                await write(joined(message))
+            self._waiting = loop.create_future()
+            await self._waiting

@@ -23,14 +23,14 @@ from expertmesh.errors import (
 from expertmesh.rpc import status
 from expertmesh.rpc.admission import OK, Admission
 from expertmesh.rpc.answering import answer_in_time
-from expertmesh.rpc.channel import FRAME_OPTION
+from expertmesh.rpc.channel import FRAME_OPTION, max_message_bytes
+from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.session import FrameProtocol, FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
 
 Handler = Callable[[Any, Deadline], Awaitable[Any]]
 _CLOSE_S = 0.5  # for streams that have ended to be closed on the wire too
-_SLACK_BYTES = 8 << 20  # ids, weights and headers beside the hidden states
 
 
 def unary(handle: Handler, request_type: Any) -> grpc.RpcMethodHandler[Any, Any]:
@@ -102,18 +102,22 @@ class GrpcServer:
     """One listening server, with its metrics beside it. Used from one event loop."""
 
     def __init__(
-        self, config: RpcConfig, admission: Admission, metrics: MetricsServer | None = None
+        self,
+        config: RpcConfig,
+        admission: Admission,
+        metrics: MetricsServer | None = None,
+        data_port: DataPort | None = None,
     ) -> None:
         self._config = config
         self._admission = admission
+        self._data_port = data_port
         self._metrics = metrics
         self._health = health_aio.HealthServicer()
         self._names: list[str] = []
-        limit = config.max_request_bytes + _SLACK_BYTES
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_receive_message_length", max_message_bytes(config)),
                 FRAME_OPTION,
                 # Else two servers given the same port would share its connections silently.
                 ("grpc.so_reuseport", 0),
@@ -143,9 +147,13 @@ class GrpcServer:
             await self._metrics.start()
         try:
             self.port = self._server.add_insecure_port(wanted)
-        except RuntimeError as error:
+            if self._data_port is not None:
+                await self._data_port.start()
+        except (RuntimeError, ConfigError) as error:
             if self._metrics is not None:
                 await self._metrics.stop()
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"cannot listen on {wanted}: {error}; choose another port") from None
         await self.set_serving(False)
         await self._server.start()
@@ -166,5 +174,7 @@ class GrpcServer:
         await self._admission.drain(self._config.drain_s)
         # Streams have been ended, from here: give their last messages time to leave.
         await self._server.stop(_CLOSE_S)
+        if self._data_port is not None:
+            self._data_port.stop()
         if self._metrics is not None:
             await self._metrics.stop()

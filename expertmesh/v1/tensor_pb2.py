@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/tensor.proto\x12\rexpertmesh.v1\"Q\n\x06Tensor\x12*\n\tdata_type\x18\x01 \x01(\x0e\x32\x17.expertmesh.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1b\n\x0bTensorChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"Z\n\x11SharedMemoryOffer\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\n\n\x02\x66\x64\x18\x03 \x01(\x05\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\"6\n\x12SharedMemoryAnswer\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\\\n\x0cSharedBlocks\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x15\n\ranswer_offset\x18\x03 \x01(\x04\x12\x15\n\ranswer_length\x18\x04 \x01(\x04\"\x0f\n\rFrameReturned\",\n\x0b\x46rameCredit\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"a\n\nFrameError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01*\xb0\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x19\n\x15\x44\x41TA_TYPE_FLOAT8_E4M3\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x06*n\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REFUSE\x10\x01\x12\x1a\n\x16NON_FINITE_POLICY_PASS\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65xpertmesh/v1/tensor.proto\x12\rexpertmesh.v1\"Q\n\x06Tensor\x12*\n\tdata_type\x18\x01 \x01(\x0e\x32\x17.expertmesh.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x1b\n\x0bTensorChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"Z\n\x11SharedMemoryOffer\x12\x0f\n\x07\x62oot_id\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x03\x12\n\n\x02\x66\x64\x18\x03 \x01(\x05\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\r\n\x05nonce\x18\x05 \x01(\x0c\"6\n\x12SharedMemoryAnswer\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\\\n\x0cSharedBlocks\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x15\n\ranswer_offset\x18\x03 \x01(\x04\x12\x15\n\ranswer_length\x18\x04 \x01(\x04\"\x0f\n\rFrameReturned\"\x15\n\x13\x44\x61taConnectionOffer\"3\n\x14\x44\x61taConnectionAnswer\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\x0c\"$\n\x13\x44\x61taConnectionHello\x12\r\n\x05token\x18\x01 \x01(\x0c\"\x17\n\x15\x44\x61taConnectionWelcome\",\n\x0b\x46rameCredit\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"a\n\nFrameError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01*\xb0\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x19\n\x15\x44\x41TA_TYPE_FLOAT8_E4M3\x10\x04\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x05\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x06*n\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REFUSE\x10\x01\x12\x1a\n\x16NON_FINITE_POLICY_PASS\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=562
-  _globals['_DATATYPE']._serialized_end=738
-  _globals['_NONFINITEPOLICY']._serialized_start=740
-  _globals['_NONFINITEPOLICY']._serialized_end=850
+  _globals['_DATATYPE']._serialized_start=701
+  _globals['_DATATYPE']._serialized_end=877
+  _globals['_NONFINITEPOLICY']._serialized_start=879
+  _globals['_NONFINITEPOLICY']._serialized_end=989
   _globals['_TENSOR']._serialized_start=45
   _globals['_TENSOR']._serialized_end=126
   _globals['_TENSORCHUNK']._serialized_start=128
@@ -47,8 +47,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHAREDBLOCKS']._serialized_end=397
   _globals['_FRAMERETURNED']._serialized_start=399
   _globals['_FRAMERETURNED']._serialized_end=414
-  _globals['_FRAMECREDIT']._serialized_start=416
-  _globals['_FRAMECREDIT']._serialized_end=460
-  _globals['_FRAMEERROR']._serialized_start=462
-  _globals['_FRAMEERROR']._serialized_end=559
+  _globals['_DATACONNECTIONOFFER']._serialized_start=416
+  _globals['_DATACONNECTIONOFFER']._serialized_end=437
+  _globals['_DATACONNECTIONANSWER']._serialized_start=439
+  _globals['_DATACONNECTIONANSWER']._serialized_end=490
+  _globals['_DATACONNECTIONHELLO']._serialized_start=492
+  _globals['_DATACONNECTIONHELLO']._serialized_end=528
+  _globals['_DATACONNECTIONWELCOME']._serialized_start=530
+  _globals['_DATACONNECTIONWELCOME']._serialized_end=553
+  _globals['_FRAMECREDIT']._serialized_start=555
+  _globals['_FRAMECREDIT']._serialized_end=599
+  _globals['_FRAMEERROR']._serialized_start=601
+  _globals['_FRAMEERROR']._serialized_end=698
 # @@protoc_insertion_point(module_scope)

@@ -86,6 +86,28 @@ class FrameReturned(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class DataConnectionOffer(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DataConnectionAnswer(_message.Message):
+    __slots__ = ("port", "token")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    token: bytes
+    def __init__(self, port: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+
+class DataConnectionHello(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    def __init__(self, token: _Optional[bytes] = ...) -> None: ...
+
+class DataConnectionWelcome(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class FrameCredit(_message.Message):
     __slots__ = ("frames", "bytes")
     FRAMES_FIELD_NUMBER: _ClassVar[int]

@@ -6,7 +6,13 @@ import argparse
 import json
 from typing import get_args
 
-from expertmesh.config import AutoscaleConfig, BalanceConfig, WireDtype, rebalance_config
+from expertmesh.config import (
+    AutoscaleConfig,
+    BalanceConfig,
+    DataConnectionMode,
+    WireDtype,
+    rebalance_config,
+)
 from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
 from fleet.launch import launch
@@ -52,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "off"),
         default="off",
         help="auto: routers share memory with expert servers of their node",
+    )
+    parser.add_argument(
+        "--data-connections",
+        choices=get_args(DataConnectionMode),
+        default="auto",
+        help="off: gRPC carries every byte; auto: TCP connections beside its streams do (auto)",
     )
     parser.add_argument(
         "--wire-dtype",
@@ -113,6 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
             rebalance=rebalance_config(arguments.rebalance),
             server_rates=arguments.server_rates,
             shared_memory=arguments.shared_memory,
+            data_connections=arguments.data_connections,
             wire_dtype=arguments.wire_dtype,
             progress=progress,
             command=NAME,

@@ -26,6 +26,7 @@ from expertmesh.config import AutoscaleConfig, RebalanceConfig
 from expertmesh.placement import initial_parts
 from fleet import control, launch
 from tests.checkpoints import make_checkpoint
+from tests.mesh import wait_until
 
 pytestmark = pytest.mark.ray
 _COMMAND_S = 180.0
@@ -160,16 +161,25 @@ def test_two_clusters_of_one_process_share_its_ray_and_no_settings(
     ray.shutdown()
     with launch(path, shards=2) as first:
         with (
-            launch(path, shards=1, wire_dtype="bfloat16") as second,
+            launch(path, shards=1, wire_dtype="bfloat16", data_connections="off") as second,
             expertmesh.connect(second.address) as mesh,
         ):
             hidden = torch.randn(3, mesh.describe().hidden_size)
             of_second = mesh.forward(hidden, 1)
+            assert _ways(mesh) == {"grpc"}
         with expertmesh.connect(first.address) as mesh:
             of_first = mesh.forward(hidden, 1)
+            wait_until(lambda: _ways(mesh) == {"tcp"}, 10.0, "on data connections")
 
     assert 1e-4 < (of_second - of_first).norm() / of_first.norm() <= 6e-3  # bfloat16 on the way
     assert not ray.is_initialized()
+
+
+def _ways(mesh: expertmesh.client.Mesh) -> set[str]:
+    """How frames travel from client to router and on to the servers."""
+    (link,) = mesh._mesh._links.values()
+    assert link._stream is not None
+    return {link._stream.transport, *(server.transport for server in mesh.status().servers)}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +197,7 @@ def test_two_clusters_of_one_process_share_its_ray_and_no_settings(
         ({"weights": "fp4"}, "weights is 'fp4'"),
         ({"balance": "upwards"}, "upwards"),
         ({"wire_dtype": "int4"}, "router.wire_dtype is 'int4'"),
+        ({"data_connections": "on"}, "data_connections is 'on'"),
         ({"shards": 1000}, "use fewer shards"),
         ({"autoscale": AutoscaleConfig()}, "autoscale needs ray_address"),
         ({"server_rates": "guessed"}, "server_rates is 'guessed'"),

@@ -198,13 +198,14 @@ def test_small_payloads_stay_in_their_message(mesh, client) -> None:
 
 
 def test_by_default_nothing_is_offered(mesh) -> None:
-    with expertmesh.connect(mesh.address) as tcp:
-        tcp.forward(rows(300), 1)
-        (link,) = tcp._mesh._links.values()
-        assert (link._stream.transport, link._stream._lender) == ("tcp", None)
+    with expertmesh.connect(mesh.address) as client:
+        client.forward(rows(300), 1)
+        (link,) = client._mesh._links.values()
+        assert link._stream.transport != "shm"
+        assert link._stream._lender is None
 
 
-# Where nothing is proved, payloads go over TCP.
+# Where nothing is proved, payloads go in messages.
 
 
 def _offer(**fields: object) -> Callable[[pytest.MonkeyPatch], None]:
@@ -242,7 +243,7 @@ UNPROVED = {
 
 
 @pytest.mark.parametrize(("change", "says"), UNPROVED.values(), ids=UNPROVED)
-def test_peers_that_do_not_share_a_host_and_user_use_tcp(mesh, change, says, monkeypatch) -> None:
+def test_peers_of_other_hosts_or_users_send_the_elements(mesh, change, says, monkeypatch) -> None:
     change(monkeypatch)
     hidden = rows(300)
     with expertmesh.connect(mesh.address, shared_memory="auto") as client:
@@ -253,13 +254,13 @@ def test_peers_that_do_not_share_a_host_and_user_use_tcp(mesh, change, says, mon
         second = client.forward(hidden, 1)
 
         assert says in lender.refused
-        assert link._stream.transport == "tcp"
+        assert link._stream.transport != "shm"
         assert lender.lent_bytes == 0
     for answer in (first, second):
         torch.testing.assert_close(answer, truth(mesh, 1, hidden), **CLOSE)
 
 
-def test_a_server_that_knows_nothing_of_offers_is_used_over_tcp() -> None:
+def test_a_server_that_knows_nothing_of_offers_is_used_over_grpc() -> None:
     async def old(_: Any, context: Any) -> None:
         while (await context.read()) is not grpc.aio.EOF:
             await context.write(_answer_of(2))
@@ -270,12 +271,12 @@ def test_a_server_that_knows_nothing_of_offers_is_used_over_tcp() -> None:
         await asyncio.sleep(0)
         return stream.transport, len(answer.hidden_states)
 
-    assert loop.run(_with_stream(old, act)) == ("tcp", 2)
+    assert loop.run(_with_stream(old, act)) == ("grpc", 2)
 
 
 def _answer_of(count: int) -> bytes:
     response = ExecuteResponse(hidden_states=torch.zeros(count, H))
-    return b"".join(frames.encode(EXECUTE_RESPONSE, response, 1))
+    return frames.joined(next(frames.encode(EXECUTE_RESPONSE, response, 1)))
 
 
 def test_a_server_may_be_told_to_take_no_offers() -> None:
@@ -600,8 +601,7 @@ async def _with_handler(
 
 
 async def _accepted(stream: FrameStream) -> None:
-    learning = [task for task in stream._tasks._tasks if task.get_name().startswith("metadata")]
-    await asyncio.wait(learning)
+    await stream.settled()
     assert stream.transport == "shm"
 
 

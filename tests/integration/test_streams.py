@@ -34,6 +34,7 @@ from expertmesh.v1 import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_gr
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh, wait_until
 from tests.wire import (
+    RawConnection,
     RawStream,
     admission,
     channel_to,
@@ -65,20 +66,42 @@ def nothing_stays_in_flight(mesh: LocalMesh) -> Iterator[None]:
     wait_until_idle(mesh)
 
 
-@pytest.fixture
-def client(mesh: LocalMesh) -> Iterator[expertmesh.client.AsyncMesh]:
-    opened = loop.run(expertmesh.connect_async(mesh.address))
+@pytest.fixture(params=["off", "auto"])
+def client(
+    mesh: LocalMesh, request: pytest.FixtureRequest
+) -> Iterator[expertmesh.client.AsyncMesh]:
+    """One whose frames go over gRPC, and one whose frames go over a data connection."""
+    opened = loop.run(expertmesh.connect_async(mesh.address, data_connections=request.param))
+    (link,) = opened._links.values()
+    expected = "grpc" if request.param == "off" else "tcp"
+    stream = loop.run(link.stream())
+    loop.run(stream.settled())
+    assert stream.transport == expected
     yield opened
     loop.run(opened.close())
 
 
 @pytest.fixture
-def raw(mesh: LocalMesh) -> Iterator[RawStream]:
+def call(mesh: LocalMesh) -> Iterator[RawStream]:
     with (
         channel_to(mesh.address) as channel,
         RawStream(router_pb2_grpc.RouterServiceStub(channel).ForwardStream) as stream,
     ):
         yield stream
+
+
+@pytest.fixture(params=["grpc", "tcp"])
+def raw(mesh: LocalMesh, request: pytest.FixtureRequest) -> Iterator[RawStream | RawConnection]:
+    """The same messages either way."""
+    with channel_to(mesh.address) as channel:
+        method = router_pb2_grpc.RouterServiceStub(channel).ForwardStream
+        if request.param == "grpc":
+            with RawStream(method) as stream:
+                yield stream
+        else:
+            connection = RawConnection(method, router_pb2.ForwardStreamResponse)
+            yield connection
+            connection.close()
 
 
 def rows(count: int, seed: int = 0) -> torch.Tensor:
@@ -92,7 +115,7 @@ def truth(mesh: LocalMesh, layer: int, hidden: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def received(stream: RawStream, frame_id: int) -> torch.Tensor:
+def received(stream: RawStream | RawConnection, frame_id: int) -> torch.Tensor:
     """One whole answer, put together from its chunks; no other frame's messages in between."""
     first = stream.receive()
     assert (first.frame_id, first.WhichOneof("kind")) == (frame_id, "forward"), first
@@ -163,11 +186,11 @@ def test_a_cancelled_member_does_not_disturb_the_others_of_its_batch(mesh, clien
         )
 
 
-def test_a_frame_given_up_half_sent_is_forgotten_with_its_late_chunks(mesh, raw) -> None:
+def test_a_frame_given_up_half_sent_is_forgotten_with_its_late_chunks(mesh, call) -> None:
     hidden = rows(4)
     data = hidden.numpy().tobytes()
 
-    raw.send(
+    call.send(
         forward(1, hidden, 7, length=100),
         router_pb2.ForwardStreamRequest(frame_id=7, cancel=router_pb2.CancelFrame()),
         chunk(7, data[100:]),
@@ -175,8 +198,8 @@ def test_a_frame_given_up_half_sent_is_forgotten_with_its_late_chunks(mesh, raw)
         forward(1, hidden, 8),
     )
 
-    torch.testing.assert_close(received(raw, 8), truth(mesh, 1, hidden), **CLOSE)
-    assert raw.finish() == []
+    torch.testing.assert_close(received(call, 8), truth(mesh, 1, hidden), **CLOSE)
+    assert call.finish() == []
 
 
 def test_a_client_that_vanishes_leaves_nothing_behind(mesh) -> None:
@@ -269,20 +292,20 @@ def test_a_large_request_and_small_ones_share_a_stream(mesh, client) -> None:
     assert order[-1] == 0  # nobody waited for the large one
 
 
-def test_a_client_that_half_closes_gets_all_of_a_large_answer(mesh, raw) -> None:
+def test_a_client_that_half_closes_gets_all_of_a_large_answer(mesh, call) -> None:
     large = rows(FIVE_MIB)
     data = large.numpy().tobytes()
-    raw.send(
+    call.send(
         forward(0, large, 3, length=0),
         chunk(3, b""),
         *(chunk(3, data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES)),
     )
 
-    first, *more = raw.finish()
+    first, *more = call.finish()
 
     assert len(more) == 4
     torch.testing.assert_close(complete(first, iter(more)), truth(mesh, 0, large), **CLOSE)
-    assert raw.call.code() is grpc.StatusCode.OK
+    assert call.call.code() is grpc.StatusCode.OK
 
 
 @pytest.mark.parametrize("frame_id", [0, (1 << 63) + 5, (1 << 64) - 1])
@@ -394,10 +417,10 @@ def test_a_frame_whose_chunks_never_come_expires(mesh, raw) -> None:
     torch.testing.assert_close(received(raw, 1), truth(mesh, 1, rows(4)), **CLOSE)
 
 
-def test_a_frame_still_incomplete_when_the_client_ends_the_stream_is_refused(mesh, raw) -> None:
-    raw.send(forward(1, rows(4), 1, length=10), forward(1, rows(4), 2))
+def test_a_frame_still_incomplete_when_the_client_ends_the_stream_is_refused(mesh, call) -> None:
+    call.send(forward(1, rows(4), 1, length=10), forward(1, rows(4), 2))
 
-    by_id = {message.frame_id: message for message in raw.finish()}
+    by_id = {message.frame_id: message for message in call.finish()}
 
     assert by_id[1].error.reason == "INVALID_REQUEST"
     assert "before all chunks" in by_id[1].error.message
@@ -453,7 +476,10 @@ def test_answers_that_a_client_does_not_read_keep_its_place_taken() -> None:
 
     async def scenario() -> tuple[int, int, Admission, list[bytes]]:
         limits = Admission(RpcConfig(max_inflight_frames=2))
-        sent = [b"".join(frames.encode(EXECUTE_REQUEST, _execute(rows(2)), i)) for i in range(5)]
+        sent = [
+            frames.joined(next(frames.encode(EXECUTE_REQUEST, _execute(rows(2)), i)))
+            for i in range(5)
+        ]
         context = _Context(sent)
         protocol = FrameProtocol(EXECUTE_REQUEST, EXECUTE_RESPONSE, _echo, limits)
         session = asyncio.ensure_future(FrameSession(context, protocol).run())  # type: ignore[arg-type]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from expertmesh.codec import frames, messages, tensors, wire
 from expertmesh.codec.frames import CHUNK_BYTES
@@ -395,7 +398,8 @@ def test_request_frames_are_the_bytes_that_generated_code_writes(nbytes) -> None
     message = ForwardRequest(layer=2, hidden_states=sized(nbytes), request_id="after the elements")
     body = router_pb2.ForwardRequest(layer=2, request_id="after the elements")
 
-    written = list(frames.encode(FORWARD_REQUEST, message, BIG_ID, 1_500_000, "00-ab-cd-01"))
+    encoded = frames.encode(FORWARD_REQUEST, message, BIG_ID, 1_500_000, "00-ab-cd-01")
+    written = [frames.joined(each) for each in encoded]
 
     assert written == generated_frame(
         router_pb2.ForwardStreamRequest,
@@ -448,7 +452,7 @@ FRAMED: dict[str, tuple[Any, Any, Any, str, Callable[..., Any]]] = {
 def test_the_other_frames_are_what_generated_code_writes_too(
     codec, ours, body, kind, message_type
 ) -> None:
-    written = list(frames.encode(codec, ours, 1))
+    written = [frames.joined(each) for each in frames.encode(codec, ours, 1)]
 
     assert written == generated_frame(message_type, kind, body, ours.hidden_states, 1)
 
@@ -709,3 +713,53 @@ def test_messages_are_complete_as_protobuf_has_them() -> None:
         names = {"pass_non_finite" if f.name == "non_finite_policy" else f.name
                  for f in generated.DESCRIPTOR.fields}  # fmt: skip
         assert set(ours.__slots__) - {"room"} == names  # room is memory here, and never sent
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_message_that_waits_keeps_its_own_rows_and_not_the_whole_batch(rows: int) -> None:
+    batch = torch.randn(4096, 64)
+    memory = batch.numpy()
+    kept = weakref.ref(memory)
+    response = ExecuteResponse(hidden_states=torch.from_numpy(memory)[:rows])
+    expected = response.hidden_states.clone()
+    del batch
+
+    (message,) = frames.encode(EXECUTE_RESPONSE, response, 1)
+    del response, memory
+
+    assert kept() is None
+    got = expert_pb2.ExecuteStreamResponse.FromString(frames.joined(message))
+    data = bytearray(got.execute.hidden_states.data)
+    assert torch.equal(torch.frombuffer(data, dtype=torch.float32).view(rows, 64), expected)
+
+
+@pytest.mark.parametrize("rows", [100, 1000])
+def test_the_elements_of_a_whole_tensor_are_not_copied(rows: int) -> None:
+    hidden = torch.randn(rows, 64)
+
+    (message,) = frames.encode(EXECUTE_RESPONSE, ExecuteResponse(hidden_states=hidden), 1)
+
+    assert not isinstance(message, bytes)
+    _, elements, _ = message
+    assert np.frombuffer(elements, np.uint8).ctypes.data == hidden.data_ptr()
+
+
+def test_a_chunk_is_found_from_its_first_bytes() -> None:
+    hidden = torch.randn(3 * CHUNK_BYTES // 256, 64)
+    _, *chunks = frames.encode(EXECUTE_RESPONSE, ExecuteResponse(hidden_states=hidden), BIG_ID)
+    whole = [frames.joined(each) for each in chunks]
+
+    assert len(whole) == 2
+    for message in whole:
+        expected = frames.decode(message)
+        assert frames.chunk_at(memoryview(message)[:64], len(message)) == expected
+        for others in (message[:64] + b"", b"\xff" * 64, bytes(64), message[:20]):
+            wrong_length = len(message) + 1
+            assert frames.chunk_at(memoryview(others), wrong_length) is None
+
+
+@given(st.binary(max_size=80), st.integers(0, 1 << 40))
+def test_no_first_bytes_make_a_chunk_of_what_is_none(head: bytes, length: int) -> None:
+    found = frames.chunk_at(memoryview(head), length)
+
+    assert found is None or found.end == length

@@ -65,7 +65,9 @@ VALID = [
 ERROR = OverloadedError("full", field="layer", retry_after_s=0.5)
 VALID += [
     *(
-        b"".join(frames.encode(FORWARD_REQUEST, ForwardRequest(layer=1, hidden_states=HIDDEN), 9)),
+        frames.joined(
+            next(frames.encode(FORWARD_REQUEST, ForwardRequest(layer=1, hidden_states=HIDDEN), 9))
+        ),
         wire.field_varint(1, 9) + wire.field_bytes(3, wire.field_bytes(1, b"abcdef")),
         frames.encode_cancel(1 << 63),
         frames.encode_error(4, ERROR),
