@@ -19,6 +19,7 @@ from expertmesh.errors import MeshError
 from tests.checkpoints import make_checkpoint
 from tests.mesh import wait_until
 from tests.processes import Service
+from tests.ties import rows_apart
 
 H = 64
 ROWS = 4000  # 1 MiB: a few ms in every process, so that a kill hits one in flight
@@ -47,6 +48,10 @@ class Cluster:
         self.router = self.start_router("0")
         self.servers = {name: self.start_server(name) for name in ("s0", "s1")}
         self.wait_shared()
+
+    def rows(self, seed: int) -> torch.Tensor:
+        """Rows of the MoE layer, the same for the same seed, none of them near a tie."""
+        return rows_apart(self._path, 1, ROWS, seed)
 
     def start(self, module: str, *arguments: str) -> Service:
         return self._stack.enter_context(Service(module, *arguments))
@@ -117,7 +122,7 @@ def going_client(address: str) -> subprocess.Popen[str]:
 def test_a_client_that_is_killed_leaves_nothing_in_the_router(cluster) -> None:
     running, model = cluster
     before, files = [held(pid) for pid in running.pids()], named()
-    hidden = torch.randn(ROWS, H)
+    hidden = running.rows(0)
 
     with expertmesh.connect(running.router.address, shared_memory="auto") as survivor:
         survivor.forward(hidden, 1)
@@ -144,7 +149,7 @@ def test_a_client_that_is_killed_leaves_nothing_in_the_router(cluster) -> None:
 
 def test_a_router_that_is_killed_leaves_nothing_in_client_and_servers(cluster) -> None:
     running, model = cluster
-    files, hidden = named(), torch.randn(ROWS, H)
+    files, hidden = named(), running.rows(0)
     port = running.router.address.rpartition(":")[2]
     mine = held(os.getpid())
 
@@ -174,7 +179,7 @@ def test_a_router_that_is_killed_leaves_nothing_in_client_and_servers(cluster) -
 
 def test_a_server_that_is_killed_costs_no_answer_and_leaves_nothing_in_the_router(cluster) -> None:
     running, model = cluster
-    files, hidden = named(), torch.randn(ROWS, H)
+    files, hidden = named(), running.rows(0)
     before = held(running.router.process.pid)
 
     with (
@@ -196,7 +201,7 @@ def test_a_server_that_is_killed_costs_no_answer_and_leaves_nothing_in_the_route
 def test_a_server_that_is_stopped_and_resumed_meets_no_block_of_a_later_frame(cluster) -> None:
     """What a silent server had is hedged elsewhere; when it wakes, it still reads and writes."""
     running, model = cluster
-    inputs = [torch.randn(ROWS, H) for _ in range(12)]
+    inputs = [running.rows(seed) for seed in range(12)]
 
     with (
         expertmesh.connect(running.router.address, shared_memory="auto") as mesh,

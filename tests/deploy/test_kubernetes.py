@@ -137,7 +137,10 @@ def test_the_commands_of_containers_have_arguments_that_their_services_take() ->
     assert set(found) == {"router_service", "load_controller"}
     for arguments, container in found.values():
         ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        assert ports == {"grpc": arguments.port, "metrics": arguments.metrics_port}
+        expected = {"grpc": arguments.port, "metrics": arguments.metrics_port}
+        if getattr(arguments, "data_port", 0):
+            expected["data"] = arguments.data_port
+        assert ports == expected
         probes = [probe for name, probe in container.items() if name.endswith("Probe")]
         asked = [probe["grpc"]["port"] for probe in probes if "grpc" in probe]
         assert asked

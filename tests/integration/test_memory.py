@@ -183,7 +183,8 @@ def test_loading_peaks_at_little_more_than_the_packed_shard(loading: Loading) ->
 
 
 def test_a_server_reads_only_the_bytes_of_its_slots(loading: Loading) -> None:
-    assert loading.shard_bytes <= loading.read_bytes <= 1.05 * loading.shard_bytes
+    # Wake-ups are counted, too: some bytes more in this process, or in the empty one.
+    assert abs(loading.read_bytes - loading.shard_bytes) <= 0.05 * loading.shard_bytes
 
 
 @dataclass(frozen=True)
