@@ -189,6 +189,10 @@ async def _measure_all(
             bench.meshes.append(await stack.enter_async_context(connecting))
             bench.echoes.append(EchoStream(echo))
             stack.push_async_callback(bench.echoes[-1].close)
+        for name, mesh in (("tcp", bench.meshes[0]), ("grpc", bench.plain[0])):
+            ways = {server.transport for server in (await mesh.status()).servers}
+            if ways != {name}:
+                raise WrongOutputError(f"frames travel by {ways}, not {name}")
         for case in CASES:
             await bench.measure(report, case, blocks)
 
@@ -215,14 +219,7 @@ def main() -> None:
         with (
             cluster(folder, folder, _SHARDS, backend="noop") as usual,
             cluster(folder, folder, _SHARDS, backend="noop", shared_memory="auto") as sharing,
-            cluster(
-                folder,
-                folder,
-                _SHARDS,
-                backend="noop",
-                router_settings="data_connections='off'",
-                name="plain",
-            ) as plain,
+            cluster(folder, folder, _SHARDS, backend="noop", data_connections="off") as plain,
             echo_over_two_hops(folder, _SHARDS) as echo,
         ):
             routers = Routers(usual, sharing, plain)

@@ -67,13 +67,13 @@ def cluster(
     routers: int = 1,
     router_settings: str = "",
     expert_settings: str = "",
-    name: str = "",
+    data_connections: str = "auto",
 ) -> Iterator[str]:
     """A controller, routers and `shards` expert servers of one thread; the routers' addresses.
 
     `shared_memory` is the routers', with the expert servers. Settings are keyword arguments of
     RouterConfig and ExpertConfig, as Python has them. Clusters of one folder differ in
-    `shared_memory` or `name`.
+    `shared_memory` or `data_connections`, which is every service's.
     """
     with whole_cluster(
         checkpoint,
@@ -84,7 +84,7 @@ def cluster(
         routers=routers,
         router_settings=router_settings,
         expert_settings=expert_settings,
-        name=name,
+        data_connections=data_connections,
     ) as addresses:
         yield addresses.router
 
@@ -100,16 +100,17 @@ def whole_cluster(
     routers: int = 1,
     router_settings: str = "",
     expert_settings: str = "",
-    name: str = "",
+    data_connections: str = "auto",
 ) -> Iterator[Addresses]:
     """The same, for those who need the controller, too. Servers are shard-0, shard-1, ..."""
     with ExitStack() as stack:
         start = stack.enter_context
-        state = str(folder / f"state-{shared_memory}{name}.sqlite")
+        state = str(folder / f"state-{shared_memory}-{data_connections}.sqlite")
         controller = start(service(folder, "-m", "load_controller", "--state", state))
         link = ("--controller", controller)
         run = _with_settings("router_service", "RouterConfig", router_settings)
-        shared = ("--shared-memory", shared_memory)
+        ways = ("--data-connections", data_connections)
+        shared = ("--shared-memory", shared_memory, *ways)
         addresses = [
             start(
                 service(
@@ -120,7 +121,7 @@ def whole_cluster(
         ]
         run = _with_settings("expert_service", "ExpertConfig", expert_settings)
         for shard in range(shards):
-            part = ("--shard", f"{shard}/{shards}", "--backend", backend)
+            part = ("--shard", f"{shard}/{shards}", "--backend", backend, *ways)
             start(service(folder, *run, str(checkpoint), *part, *link))
         for address in addresses:
             _wait_ready(address, shards)

@@ -1,7 +1,7 @@
 """A TCP connection that carries the messages of one stream, beside the gRPC call that opened it.
 
 The messages are those of the stream, each with its length before it. What HTTP/2 does for them,
-gRPC's threads and its copies take two thirds of the time of a round trip
+gRPC's threads and its copies take half the time of a round trip of 1 MiB
 (benchmarks/bench_stream.py). Who may connect, and whether anybody does, is agreed on the stream:
 `data_port.py`.
 """
