@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from expertmesh.codec import wire
 from expertmesh.codec.wire import Buffer
@@ -10,10 +11,11 @@ from expertmesh.errors import InvalidRequestError
 
 #: Blocks begin at multiples of this: a cache line, and every element type's size.
 ALIGNMENT = 64
+#: Blocks as encoders write and decoders find them: memory that is free again is lent again.
+_REMEMBERED = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
+class Blocks(NamedTuple):
     """What one frame lends: its hidden states, and room for the answer's. In bytes."""
 
     offset: int
@@ -23,24 +25,12 @@ class Blocks:
 
     def encode(self) -> bytes:
         """The message's fields."""
-        return b"".join(
-            (
-                wire.field_varint(1, self.offset),
-                wire.field_varint(2, self.length),
-                wire.field_varint(3, self.answer_offset),
-                wire.field_varint(4, self.answer_length),
-            )
-        )
+        return _encode(self)
 
     @classmethod
     def decode(cls, buffer: Buffer, at: int, end: int) -> Blocks:
         """Reads buffer[at:end]. Raises InvalidRequestError, nothing else."""
-        numbers = {1: 0, 2: 0, 3: 0, 4: 0}
-        for number, kind, value, _ in wire.fields(buffer, at, end):
-            if number in numbers:
-                wire.expect(kind, wire.VARINT, "blocks")
-                numbers[number] = value
-        return cls(*numbers.values())
+        return _decode(bytes(buffer[at:end]))
 
     def check(self, needed: int, low: int, high: int) -> None:
         """Raises InvalidRequestError unless both blocks lie within low .. high - 1, aligned, and
@@ -68,3 +58,18 @@ class Blocks:
                     f"{low} to {high}",
                     field=f"blocks.{name}",
                 )
+
+
+@lru_cache(_REMEMBERED)
+def _encode(blocks: Blocks) -> bytes:
+    return b"".join(wire.field_varint(number, value) for number, value in enumerate(blocks, 1))
+
+
+@lru_cache(_REMEMBERED)
+def _decode(message: bytes) -> Blocks:
+    numbers = {1: 0, 2: 0, 3: 0, 4: 0}
+    for number, kind, value, _ in wire.fields(message, 0, len(message)):
+        if number in numbers:
+            wire.expect(kind, wire.VARINT, "blocks")
+            numbers[number] = value
+    return Blocks(*numbers.values())

@@ -186,7 +186,8 @@ def read(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> Tensor
     if layout is not None and layout.have == end - start and layout.total <= max_bytes:
         return TensorPart(layout.dtype, layout.shape, layout.total, layout.have, buffer, start)
     part, stop = _read_fields(buffer, at, end, name, max_bytes)
-    if part.start == start and stop == end:  # whatever stands before the elements is the layout
+    if start + part.have == end and (stop == end or not part.have):
+        # Whatever stands before the elements is the layout.
         if len(_layouts) >= _REMEMBERED:
             _layouts.clear()
         layout = _Layout(part.dtype, part.shape, part.total, part.have)
@@ -215,10 +216,13 @@ def _view(
 
 
 def _elements_at(buffer: Buffer, at: int, end: int) -> int:
-    """Where the elements begin, if the tensor is laid out as every encoder does it."""
-    if end - at < 6:
+    """Where the elements begin, if the tensor is laid out as every encoder does it; `end` where
+    none are there, because they lie in shared memory."""
+    if end - at < 4:
         return at
     start = at + 5 + buffer[at + 3]  # type and extents, each with its tag, and the elements' tag
+    if start > end:
+        return end
     last = min(end - 1, start + 5)
     while start < last and buffer[start] > 127:
         start += 1
