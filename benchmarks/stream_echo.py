@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import torch
 import uvloop
 
@@ -35,8 +36,8 @@ def echo_request(size: int) -> ExecuteRequest:
     return ExecuteRequest(
         layer=0,
         hidden_states=hidden,
-        expert_ids=torch.zeros(len(hidden), 1, dtype=torch.int32),
-        expert_weights=torch.ones(len(hidden), 1),
+        expert_ids=np.zeros((len(hidden), 1), np.int32),
+        expert_weights=np.ones((len(hidden), 1), np.float32),
     )
 
 

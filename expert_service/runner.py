@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from expert_service.device_queue import DeviceQueue, Job, Piece
 from expert_service.device_use import DeviceUse
-from expert_service.shard import ExpertShard
+from expert_service.shard import ExpertShard, Ids, RowWeights
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
 from expertmesh.errors import OverloadedError, UnavailableError
@@ -258,24 +259,18 @@ class DeviceRunner:
 
     def _execute(self, jobs: list[_Request], pieces: list[Piece]) -> tuple[torch.Tensor, ...]:
         """One call of the backend for all pieces."""
-        if len(pieces) == 1:
-            request, (_, start, stop) = jobs[0].request, pieces[0]
-            arguments = (request.hidden_states, request.expert_ids, request.expert_weights)
-            if stop - start < jobs[0].rows:
-                arguments = tuple(tensor[start:stop] for tensor in arguments)  # type: ignore[assignment]
-            return (self._shard.compute(request.layer, *arguments),)
-        merged = [
-            torch.cat(
-                [
-                    getattr(job.request, name)[p.start : p.stop]
-                    for job, p in zip(jobs, pieces, strict=True)
-                ]
-            )
-            for name in ("hidden_states", "expert_ids", "expert_weights")
-        ]
-        output = self._shard.compute(jobs[0].request.layer, *merged)
-        parts: tuple[torch.Tensor, ...] = output.split([p.stop - p.start for p in pieces])
-        return parts
+        layer, parts = (
+            jobs[0].request.layer,
+            [_rows_of(piece, job) for piece, job in zip(pieces, jobs, strict=True)],
+        )
+        if len(parts) == 1:
+            return (self._shard.compute(layer, *parts[0]),)
+        hidden, ids, weights = zip(*parts, strict=True)
+        output = self._shard.compute(
+            layer, torch.cat(hidden), np.concatenate(ids), np.concatenate(weights)
+        )
+        outputs: tuple[torch.Tensor, ...] = output.split([p.stop - p.start for p in pieces])
+        return outputs
 
     def _fail_all(self) -> None:
         while pieces := self._waiting.next():
@@ -287,6 +282,14 @@ class DeviceRunner:
     def _settle(self, future: asyncio.Future[Any], outcome: object) -> None:
         with suppress(RuntimeError):  # the event loop has been closed: nobody waits any more
             self._loop.call_soon_threadsafe(_set, future, outcome)
+
+
+def _rows_of(piece: Piece, job: _Request) -> tuple[torch.Tensor, Ids, RowWeights]:
+    """What a piece is to compute."""
+    request, rows = job.request, slice(piece.start, piece.stop)
+    if piece.stop - piece.start == job.rows:
+        return request.hidden_states, request.expert_ids, request.expert_weights
+    return request.hidden_states[rows], request.expert_ids[rows], request.expert_weights[rows]
 
 
 def _key(request: ExecuteRequest) -> tuple[Hashable, int]:

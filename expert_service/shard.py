@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,8 @@ from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSp
 
 #: Memory is given back to the system after this many bytes of weights were loaded.
 _TRIM_EVERY_BYTES = 32 * 2**20
-_Ids = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int32]
+RowWeights = npt.NDArray[np.float32]
 _NAMED = 8  # experts that an error names: enough to look for, few enough for a header
 Weights = ExpertWeights | Fp8ExpertWeights
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -147,8 +149,8 @@ class ExpertShard:
         self,
         layer: int,
         hidden_RH: torch.Tensor,
-        expert_ids_RK: torch.Tensor,
-        weights_RK: torch.Tensor,
+        expert_ids_RK: Ids,
+        weights_RK: RowWeights,
     ) -> torch.Tensor:
         """The weighted sum of the asked experts for each row, [R, H] in `hidden_RH`'s dtype.
 
@@ -164,24 +166,25 @@ class ExpertShard:
         self,
         layer: int,
         hidden_RH: torch.Tensor,
-        expert_ids_RK: torch.Tensor,
-        weights_RK: torch.Tensor,
+        expert_ids_RK: Ids,
+        weights_RK: RowWeights,
     ) -> None:
         """Raises what `execute` raises for requests that cannot be computed."""
         state = self._layer(layer)
         self._check_tensors(hidden_RH, expert_ids_RK, weights_RK)
-        state.check_ids(expert_ids_RK.numpy())
+        state.check_ids(expert_ids_RK)
 
     def compute(
         self,
         layer: int,
         hidden_RH: torch.Tensor,
-        expert_ids_RK: torch.Tensor,
-        weights_RK: torch.Tensor,
+        expert_ids_RK: Ids,
+        weights_RK: RowWeights,
     ) -> torch.Tensor:
         """`execute` for rows that have been checked: one request's, or several merged ones'."""
-        out_RH = self._backend.compute(layer, hidden_RH, expert_ids_RK, weights_RK)
-        self._layers[layer].count(expert_ids_RK.numpy())
+        pairs = torch.from_numpy(expert_ids_RK), torch.from_numpy(weights_RK)
+        out_RH = self._backend.compute(layer, hidden_RH, *pairs)
+        self._layers[layer].count(expert_ids_RK)
         return out_RH
 
     def _layer(self, layer: int) -> _LayerState:
@@ -207,7 +210,7 @@ class ExpertShard:
                 raise ConfigError(f"{slot}: {name} is {list(matrix.shape)}, not {list(shape)}")
 
     def _check_tensors(
-        self, hidden_RH: torch.Tensor, expert_ids_RK: torch.Tensor, weights_RK: torch.Tensor
+        self, hidden_RH: torch.Tensor, expert_ids_RK: Ids, weights_RK: RowWeights
     ) -> None:
         shape, pairs = hidden_RH.shape, expert_ids_RK.shape
         if (
@@ -216,8 +219,8 @@ class ExpertShard:
             and pairs[0] == shape[0]
             and pairs == weights_RK.shape
             and hidden_RH.dtype in _DTYPES
-            and expert_ids_RK.dtype == torch.int32
-            and weights_RK.dtype == torch.float32
+            and expert_ids_RK.dtype == np.int32
+            and weights_RK.dtype == np.float32
         ):
             return
         # Below, what is wrong.
@@ -230,8 +233,8 @@ class ExpertShard:
             raise InvalidRequestError(
                 f"hidden is {hidden_RH.dtype}, not float32, float16 or bfloat16", field="hidden"
             )
-        _check_pairs("expert_ids", expert_ids_RK, torch.int32, len(hidden_RH))
-        _check_pairs("weights", weights_RK, torch.float32, len(hidden_RH))
+        _check_pairs("expert_ids", expert_ids_RK, np.int32, len(hidden_RH))
+        _check_pairs("weights", weights_RK, np.float32, len(hidden_RH))
         if expert_ids_RK.shape != weights_RK.shape:
             raise InvalidRequestError(
                 f"weights are {list(weights_RK.shape)}, but expert_ids {list(expert_ids_RK.shape)}",
@@ -253,7 +256,7 @@ class _LayerState:
         self.held: set[int] = set()  # the same as a set
         self.counts_E = np.zeros(experts + 1, dtype=np.int64)
 
-    def check_ids(self, ids_RK: _Ids) -> None:
+    def check_ids(self, ids_RK: Ids) -> None:
         """Raises SlotNotHeldError, or InvalidRequestError for ids twice in a row or below -1."""
         if not ids_RK.size or (len(ids_RK) == 1 and self._allows(ids_RK[0].tolist())):
             return
@@ -285,7 +288,7 @@ class _LayerState:
         self.held_E[expert] = held
         (self.held.add if held else self.held.discard)(expert)
 
-    def count(self, ids_RK: _Ids) -> None:
+    def count(self, ids_RK: Ids) -> None:
         """Counts each asked pair once; those with id -1 go to the entry at the end."""
         if ids_RK.size <= _FEW_PAIRS:
             for expert in ids_RK.ravel().tolist():
@@ -294,7 +297,7 @@ class _LayerState:
         experts = len(self.counts_E)
         self.counts_E += np.bincount(ids_RK.ravel() % experts, minlength=experts)
 
-    def _refuse_not_held(self, ids_RK: _Ids) -> None:
+    def _refuse_not_held(self, ids_RK: Ids) -> None:
         held = {-1, *np.flatnonzero(self.held_E[:-1]).tolist()}
         missing = [str(expert) for expert in np.unique(ids_RK).tolist() if expert not in held]
         named = ", ".join(missing[:_NAMED]) + (" ..." if len(missing) > _NAMED else "")
@@ -315,10 +318,11 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def _check_pairs(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
-    if tensor.dtype != dtype:
-        raise InvalidRequestError(f"{name} are {tensor.dtype}, not {dtype}", field=name)
-    if tensor.ndim != 2 or len(tensor) != rows:
+def _check_pairs(name: str, array: npt.NDArray[Any], dtype: type[np.generic], rows: int) -> None:
+    if array.dtype != dtype:
+        wanted = np.dtype(dtype)
+        raise InvalidRequestError(f"{name} are {array.dtype}, not {wanted}", field=name)
+    if array.ndim != 2 or len(array) != rows:
         raise InvalidRequestError(
-            f"{name} are {list(tensor.shape)}, not [{rows}, k] like the rows of hidden", field=name
+            f"{name} are {list(array.shape)}, not [{rows}, k] like the rows of hidden", field=name
         )

@@ -298,8 +298,8 @@ class FanOut:
         request = ExecuteRequest(
             layer=run.layer,
             hidden_states=dispatch.rows_of(batch.hidden, part.rows),
-            expert_ids=torch.from_numpy(part.expert_ids),
-            expert_weights=torch.from_numpy(np.ascontiguousarray(weights)),
+            expert_ids=part.expert_ids,
+            expert_weights=weights,
             epoch=slots.epoch,
         )
         shape = request.hidden_states.shape

@@ -157,11 +157,12 @@ def _ask_shard(
 def _expected(request: ExecuteRequest, weights: Mapping[Slot, ExpertWeights]) -> torch.Tensor:
     """What the reference gives, expert by expert: pair by pair takes longer than the server."""
     out = torch.zeros(request.hidden_states.shape)
-    for expert in request.expert_ids.unique().tolist():
+    ids, asked = map(torch.from_numpy, (request.expert_ids, request.expert_weights))
+    for expert in ids.unique().tolist():
         if expert >= 0:
-            rows, columns = (request.expert_ids == expert).nonzero(as_tuple=True)
+            rows, columns = (ids == expert).nonzero(as_tuple=True)
             y = swiglu(request.hidden_states[rows], weights[Slot(request.layer, expert)])
-            out.index_add_(0, rows, request.expert_weights[rows, columns, None] * y)
+            out.index_add_(0, rows, asked[rows, columns, None] * y)
     return out.to(request.hidden_states.dtype)
 
 
@@ -177,7 +178,10 @@ def _request(
     hidden = torch.randn(rows, hidden_size, generator=generator).to(getattr(torch, dtype))
     weights = torch.rand(rows, k, generator=generator)
     return ExecuteRequest(
-        layer=layer, hidden_states=hidden, expert_ids=ids.contiguous(), expert_weights=weights
+        layer=layer,
+        hidden_states=hidden,
+        expert_ids=ids.numpy(),
+        expert_weights=weights.numpy(),
     )
 
 

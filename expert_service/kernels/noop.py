@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from expert_service.kernels.avx512 import KERNEL_DTYPES, Kernels, Pairs, compile_kernels
@@ -28,6 +29,7 @@ class NoopBackend:
     def __init__(self) -> None:
         self._kernels = compile_kernels("bf16") if has_compiler() else None
         self._numbers = torch.arange(1)
+        self._total_11 = np.zeros((1, 1), np.float32)
 
     @property
     def name(self) -> str:
@@ -60,21 +62,22 @@ class NoopBackend:
         rows = hidden_RH.shape[0]
         if rows == 1:  # Python's own loop over a few pairs takes less than numpy's calls
             pairs = zip(expert_ids_RK[0].tolist(), weights_RK[0].tolist(), strict=True)
-            total = sum(weight for expert, weight in pairs if expert >= 0)
-            return torch.mul(hidden_RH, total)
-        # In numpy, whose calls cost a third of torch's between two requests.
-        asked_RK = np.where(expert_ids_RK.numpy() >= 0, weights_RK.numpy(), np.float32(0.0))
-        total_R1 = torch.from_numpy(np.add.reduce(asked_RK, 1, keepdims=True))
+            total_R1 = self._total_11
+            total_R1[0, 0] = sum(weight for expert, weight in pairs if expert >= 0)
+        else:  # In numpy, whose calls cost a third of torch's between two requests.
+            asked_RK = np.where(expert_ids_RK.numpy() >= 0, weights_RK.numpy(), np.float32(0.0))
+            total_R1 = np.add.reduce(asked_RK, 1, keepdims=True)
         if self._kernels is not None and _fits(hidden_RH):
             return self._multiply(self._kernels, hidden_RH, total_R1)
+        factors_R1 = torch.from_numpy(total_R1)
         if rows >= _MANY_ROWS:
             offsets_R1 = torch.arange(rows + 1)
-            return sum_by_row(hidden_RH, total_R1[:, 0], offsets_R1[:-1], offsets_R1)
+            return sum_by_row(hidden_RH, factors_R1[:, 0], offsets_R1[:-1], offsets_R1)
         out_RH = torch.empty_like(hidden_RH)
-        return torch.mul(hidden_RH, total_R1, out=out_RH)
+        return torch.mul(hidden_RH, factors_R1, out=out_RH)
 
     def _multiply(
-        self, kernels: Kernels, hidden_RH: torch.Tensor, weights_R1: torch.Tensor
+        self, kernels: Kernels, hidden_RH: torch.Tensor, total_R1: npt.NDArray[np.float32]
     ) -> torch.Tensor:
         """The sum of one row each, in a call of our own."""
         rows, width = hidden_RH.shape
@@ -82,7 +85,7 @@ class NoopBackend:
             self._numbers = torch.arange(2 * rows + 1)
         numbers, out_RH = self._numbers, torch.empty_like(hidden_RH)
         places = numbers.data_ptr()
-        pairs = Pairs(places, weights_R1.data_ptr(), places, places, (numbers, weights_R1))
+        pairs = Pairs(places, total_R1.ctypes.data, places, places, (numbers,))
         matrices = Matrix(hidden_RH.data_ptr(), width), pairs, Matrix(out_RH.data_ptr(), width)
         kernels.sum(hidden_RH.dtype, *matrices, width // BLOCK, 0, rows)
         return out_RH

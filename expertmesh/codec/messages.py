@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from expertmesh.codec import tensors, wire
-from expertmesh.codec.tensors import TensorPart
+from expertmesh.codec.tensors import Array, TensorPart
 from expertmesh.codec.wire import Buffer
 
 PASS = 2  # of NonFinitePolicy; whatever else it says, the request is refused
@@ -54,8 +55,9 @@ class ExecuteRequest:
 
     layer: int
     hidden_states: torch.Tensor  # [R, H]
-    expert_ids: torch.Tensor  # [R, k] int32
-    expert_weights: torch.Tensor  # [R, k] float32
+    #: [R, k] int32 and float32: arrays, as whoever plans and checks them wants (codec.tensors).
+    expert_ids: Array
+    expert_weights: Array
     epoch: int = 0
     request_id: str = ""
     hidden_states_scale: torch.Tensor | None = None  # [R] float32, beside FP8
@@ -106,12 +108,14 @@ class Codec(Protocol[M]):
 
 _NO_PART = TensorPart(torch.float32, (0,), 0, 0, b"", 0)
 _NO_TENSOR = torch.empty(0)
+_NO_ARRAY = np.empty(0, np.float32)
+_NO_FIELDS: dict[int, str] = {}
 
 
 class _Fields:
     """Collects the fields of one message; unknown ones are skipped, as protobuf asks."""
 
-    __slots__ = ("hidden", "numbers", "tensors", "texts")
+    __slots__ = ("arrays", "hidden", "numbers", "tensors", "texts")
 
     def __init__(
         self,
@@ -122,11 +126,13 @@ class _Fields:
         *,
         hidden: int,
         tensors_: dict[int, str],
+        arrays: dict[int, str] = _NO_FIELDS,
         texts: tuple[int, ...] = (),
         integers: tuple[int, ...],
     ) -> None:
         self.hidden = _NO_PART
         self.tensors: dict[int, torch.Tensor] = {}
+        self.arrays: dict[int, Array] = {}
         self.numbers: dict[int, int] = {}
         self.texts: dict[int, str] = {}
         for number, kind, value, upto in wire.fields(buffer, at, end):
@@ -137,6 +143,10 @@ class _Fields:
                 name = tensors_[number]
                 wire.expect(kind, wire.BYTES, name)
                 self.tensors[number] = tensors.read_whole(buffer, value, upto, name, max_bytes)
+            elif number in arrays:
+                name = arrays[number]
+                wire.expect(kind, wire.BYTES, name)
+                self.arrays[number] = tensors.read_array(buffer, value, upto, name, max_bytes)
             elif number in integers:
                 wire.expect(kind, wire.VARINT, f"field {number}")
                 self.numbers[number] = value
@@ -244,8 +254,8 @@ class ExecuteRequestCodec:
         head += tensors.header(message.hidden_states, 2, data_length)[0]
         tail = b"".join(
             (
-                tensors.field(3, message.expert_ids),
-                tensors.field(4, message.expert_weights),
+                tensors.array_field(3, message.expert_ids),
+                tensors.array_field(4, message.expert_weights),
                 wire.field_varint(5, message.epoch),
                 wire.field_text(8, message.request_id),
                 tensors.field(9, message.hidden_states_scale),
@@ -261,15 +271,16 @@ class ExecuteRequestCodec:
             end,
             max_bytes,
             hidden=2,
-            tensors_={3: "expert_ids", 4: "expert_weights", 9: "hidden_states_scale"},
+            tensors_={9: "hidden_states_scale"},
+            arrays={3: "expert_ids", 4: "expert_weights"},
             integers=(1, 5),
             texts=(8,),
         )
         message = ExecuteRequest(
             layer=got.int32(1),
             hidden_states=_NO_TENSOR,
-            expert_ids=got.tensors.get(3, _NO_TENSOR),
-            expert_weights=got.tensors.get(4, _NO_TENSOR),
+            expert_ids=got.arrays.get(3, _NO_ARRAY),
+            expert_weights=got.arrays.get(4, _NO_ARRAY),
             epoch=got.numbers.get(5, 0),
             request_id=got.texts.get(8, ""),
             hidden_states_scale=got.tensors.get(9),

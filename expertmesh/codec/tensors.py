@@ -6,7 +6,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,8 @@ _NUMPY_BY_DTYPE: dict[torch.dtype, npt.DTypeLike] = {
     torch.int64: np.int64,
 }
 _IN_NUMPY = frozenset((torch.float32, torch.float16, torch.int32, torch.int64))
+_DTYPE_BY_NUMPY = {np.dtype(_NUMPY_BY_DTYPE[dtype]): dtype for dtype in _IN_NUMPY}
+Array = npt.NDArray[Any]
 
 
 class _Layout(NamedTuple):
@@ -157,7 +159,7 @@ def header(tensor: torch.Tensor, number: int, data_length: int) -> tuple[bytes, 
 
 
 @lru_cache(_REMEMBERED)
-def _header(dtype: torch.dtype, shape: torch.Size, number: int, data_length: int) -> bytes:
+def _header(dtype: torch.dtype, shape: tuple[int, ...], number: int, data_length: int) -> bytes:
     extents = b"".join(map(wire.varint, shape))
     head = b"\x08" + wire.varint(NUMBER_BY_DTYPE[dtype])
     if extents:
@@ -173,6 +175,12 @@ def field(number: int, tensor: torch.Tensor | None) -> bytes:
         return b""
     data = payload(tensor)
     return b"".join((header(tensor, number, len(data))[0], data))
+
+
+def array_field(number: int, array: Array) -> bytes:
+    """`field` for an array of float32, float16, int32 or int64."""
+    dtype, data = _DTYPE_BY_NUMPY[array.dtype], array.tobytes()
+    return _header(dtype, array.shape, number, len(data)) + data
 
 
 def read(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> TensorPart:
@@ -203,6 +211,24 @@ def read_whole(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> 
     if layout is not None and 0 < layout.total == layout.have == end - start <= max_bytes:
         return _view(buffer, start, layout.dtype, layout.shape, layout.total)
     return require_complete(read(buffer, at, end, name, max_bytes), name)
+
+
+def read_array(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> Array:
+    """`read_whole` as an array. InvalidRequestError is also for types that numpy does not have."""
+    start = _elements_at(buffer, at, end)
+    layout = _layouts.get(bytes(buffer[at:start]))
+    if layout is not None and 0 < layout.total == layout.have == end - start <= max_bytes:
+        dtype, shape = layout.dtype, layout.shape
+        if dtype in _IN_NUMPY:
+            count = layout.total // dtype.itemsize
+            return np.frombuffer(buffer, _NUMPY_BY_DTYPE[dtype], count, start).reshape(shape)
+    tensor = require_complete(read(buffer, at, end, name, max_bytes), name)
+    if tensor.dtype not in _IN_NUMPY:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InvalidRequestError(
+            f"{name}.data_type is {kind}, which no such array has", field=f"{name}.data_type"
+        )
+    return tensor.numpy()
 
 
 def _view(

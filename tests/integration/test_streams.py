@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 import torch
 
@@ -466,8 +467,8 @@ def _execute(hidden: torch.Tensor) -> ExecuteRequest:
     return ExecuteRequest(
         layer=1,
         hidden_states=hidden,
-        expert_ids=torch.zeros(len(hidden), 1, dtype=torch.int32),
-        expert_weights=torch.ones(len(hidden), 1),
+        expert_ids=np.zeros((len(hidden), 1), np.int32),
+        expert_weights=np.ones((len(hidden), 1), np.float32),
     )
 
 

@@ -27,6 +27,7 @@ from expertmesh.codec.messages import (
     encode_whole,
 )
 from expertmesh.codec.references import Blocks
+from expertmesh.codec.tensors import Array
 from expertmesh.errors import (
     BY_REASON,
     InternalError,
@@ -53,10 +54,12 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 4).to(dtype)
 
 
-def same(got: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
+def same(got: torch.Tensor | Array | None, wanted: torch.Tensor | Array | None) -> bool:
     """Equal in dtype, shape and every bit."""
     if got is None or wanted is None:
         return got is wanted
+    if isinstance(got, np.ndarray) and isinstance(wanted, np.ndarray):
+        return same(torch.from_numpy(got), torch.from_numpy(wanted))
     return (
         got.dtype == wanted.dtype
         and got.shape == wanted.shape
@@ -161,8 +164,8 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
         ExecuteRequest(
             layer=3,
             hidden_states=FP8,
-            expert_ids=IDS,
-            expert_weights=WEIGHTS,
+            expert_ids=IDS.numpy(),
+            expert_weights=WEIGHTS.numpy(),
             request_id="r",
             hidden_states_scale=SCALE,
         ),
@@ -187,8 +190,8 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
         ExecuteRequest(
             layer=3,
             hidden_states=drawn(3, 8, dtype=torch.float16),
-            expert_ids=IDS,
-            expert_weights=WEIGHTS,
+            expert_ids=IDS.numpy(),
+            expert_weights=WEIGHTS.numpy(),
             epoch=1 << 63,
             request_id="r",
         ),
@@ -223,7 +226,11 @@ def test_generated_bytes_are_read_back_field_by_field(codec, ours, generated) ->
 
     for name in ours.__slots__:
         wanted, found = getattr(ours, name), getattr(got, name)
-        assert same(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted, name
+        assert (
+            same(found, wanted)
+            if isinstance(wanted, torch.Tensor | np.ndarray)
+            else found == wanted
+        ), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -426,8 +433,8 @@ FRAMED: dict[str, tuple[Any, Any, Any, str, Callable[..., Any]]] = {
         ExecuteRequest(
             layer=1,
             hidden_states=sized(3 * CHUNK_BYTES),
-            expert_ids=IDS,
-            expert_weights=WEIGHTS,
+            expert_ids=IDS.numpy(),
+            expert_weights=WEIGHTS.numpy(),
             epoch=7,
         ),
         expert_pb2.ExecuteRequest(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,8 +66,8 @@ def _request(rows: int, seed: int) -> ExecuteRequest:
     return ExecuteRequest(
         layer=0,
         hidden_states=torch.randn(rows, H, generator=generator),
-        expert_ids=ids,
-        expert_weights=torch.rand(rows, 2, generator=generator),
+        expert_ids=ids.numpy(),
+        expert_weights=torch.rand(rows, 2, generator=generator).numpy(),
     )
 
 
@@ -120,7 +121,7 @@ def test_requests_that_wait_together_are_computed_together_and_each_gets_its_row
 def test_a_bad_request_fails_alone() -> None:
     async def scenario(runner, shard, backend, gate):  # type: ignore[no-untyped-def]
         bad = _request(2, 1)
-        bad.expert_ids[1] = torch.tensor([3, 3])
+        bad.expert_ids[1] = [3, 3]
         tasks = [_submit(runner, _request(1, 0)), _submit(runner, bad)]
         await asyncio.sleep(0)
         gate.set()
@@ -292,7 +293,7 @@ def test_a_bad_request_is_refused_on_the_event_loop_too() -> None:
         gate.set()
         await runner.execute(_request(1, seed=1), Deadline.after(30.0))
         bad = _request(1, seed=2)
-        bad.expert_ids = torch.tensor([[0, E + 3]], dtype=torch.int32)
+        bad.expert_ids = np.array([[0, E + 3]], np.int32)
         with pytest.raises(SlotNotHeldError):
             _now(runner, bad)
         return _now(runner, _request(1, seed=3))

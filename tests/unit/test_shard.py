@@ -7,11 +7,12 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
 from expert_service.kernels.reference import ReferenceBackend
-from expert_service.shard import ExpertShard
+from expert_service.shard import ExpertShard, Ids, RowWeights
 from expertmesh.checkpoint import slot_digest
 from expertmesh.errors import (
     ConfigError,
@@ -57,8 +58,24 @@ def shard() -> ExpertShard:
     return shard
 
 
-def _ids(*rows: list[int]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.int32)
+def _ids(*rows: list[int]) -> Ids:
+    return np.array(rows, np.int32)
+
+
+def _weights_of(*rows: list[float]) -> RowWeights:
+    return np.array(rows, np.float32)
+
+
+def _ones(*shape: int) -> RowWeights:
+    return np.ones(shape, np.float32)
+
+
+def _alone(
+    backend: ReferenceBackend, row: torch.Tensor, expert: int, weight: float
+) -> torch.Tensor:
+    """What one expert of layer 1 adds to a row."""
+    ids = torch.tensor([[expert]], dtype=torch.int32)
+    return backend.compute(1, row, ids, torch.tensor([[weight]]))
 
 
 def test_load_reports_each_slot_and_keeps_its_digest() -> None:
@@ -77,22 +94,21 @@ def test_load_reports_each_slot_and_keeps_its_digest() -> None:
 def test_execute_adds_up_the_asked_experts(shard: ExpertShard) -> None:
     hidden = torch.randn(2, H)
 
-    out = shard.execute(1, hidden, _ids([0, 2], [4, -1]), torch.tensor([[0.5, 0.25], [1.0, 9.0]]))
+    out = shard.execute(1, hidden, _ids([0, 2], [4, -1]), _weights_of([0.5, 0.25], [1.0, 9.0]))
 
     truth = ReferenceBackend()
     for slot in SLOTS:
         truth.load(slot, _weights(slot))
-    expected_0 = truth.compute(1, hidden[:1], _ids([0]), torch.tensor([[0.5]]))
-    expected_0 += truth.compute(1, hidden[:1], _ids([2]), torch.tensor([[0.25]]))
-    expected_1 = truth.compute(1, hidden[1:], _ids([4]), torch.tensor([[1.0]]))
+    expected_0 = _alone(truth, hidden[:1], 0, 0.5) + _alone(truth, hidden[:1], 2, 0.25)
+    expected_1 = _alone(truth, hidden[1:], 4, 1.0)
     torch.testing.assert_close(out, torch.cat([expected_0, expected_1]))
 
 
 def test_executions_are_counted_per_slot_and_holes_are_not(shard: ExpertShard) -> None:
     ids = _ids([0, 2], [4, -1], [2, 0], [-1, -1])
     for _ in range(2):
-        shard.execute(1, torch.randn(4, H), ids, torch.ones(4, 2))
-    shard.execute(0, torch.randn(3, H), _ids([0], [0], [0]), torch.ones(3, 1))
+        shard.execute(1, torch.randn(4, H), ids, _ones(4, 2))
+    shard.execute(0, torch.randn(3, H), _ids([0], [0], [0]), _ones(3, 1))
 
     counts = shard.execution_counts()
 
@@ -103,26 +119,25 @@ def test_executions_are_counted_per_slot_and_holes_are_not(shard: ExpertShard) -
 
 def test_a_refused_request_is_not_counted(shard: ExpertShard) -> None:
     with pytest.raises(SlotNotHeldError):
-        shard.execute(1, torch.randn(1, H), _ids([0, 1]), torch.ones(1, 2))
+        shard.execute(1, torch.randn(1, H), _ids([0, 1]), _ones(1, 2))
 
     assert shard.execution_counts()[1].sum() == 0
 
 
 def test_no_rows_give_no_rows(shard: ExpertShard) -> None:
-    out = shard.execute(1, torch.empty(0, H), torch.empty(0, 2, dtype=torch.int32),
-                        torch.empty(0, 2))  # fmt: skip
+    out = shard.execute(1, torch.empty(0, H), np.empty((0, 2), np.int32), _ones(0, 2))  # fmt: skip
 
     assert out.shape == (0, H)
 
 
 def test_every_missing_expert_is_named(shard: ExpertShard) -> None:
     with pytest.raises(SlotNotHeldError, match="layer 1: experts 1, 3, 17 are not held"):
-        shard.execute(1, torch.randn(2, H), _ids([3, 17], [1, 0]), torch.ones(2, 2))
+        shard.execute(1, torch.randn(2, H), _ids([3, 17], [1, 0]), _ones(2, 2))
 
 
 def test_an_unknown_layer_is_refused(shard: ExpertShard) -> None:
     with pytest.raises(UnknownLayerError, match="layer 2 "):
-        shard.execute(2, torch.randn(1, H), _ids([0]), torch.ones(1, 1))
+        shard.execute(2, torch.randn(1, H), _ids([0]), _ones(1, 1))
     with pytest.raises(UnknownLayerError):
         shard.held(2)
 
@@ -130,23 +145,23 @@ def test_an_unknown_layer_is_refused(shard: ExpertShard) -> None:
 @pytest.mark.parametrize(
     ("hidden", "ids", "weights", "field", "message"),
     [
-        (torch.zeros(2, 9), _ids([0], [0]), torch.ones(2, 1), "hidden", r"\[2, 9\]"),
-        (torch.zeros(H), _ids([0]), torch.ones(1, 1), "hidden", r"\[8\]"),
-        (torch.zeros(1, H).double(), _ids([0]), torch.ones(1, 1), "hidden", "float64"),
-        (torch.zeros(2, H), _ids([0]), torch.ones(2, 1), "expert_ids", r"\[1, 1\]"),
-        (torch.zeros(1, H), _ids([0]).long(), torch.ones(1, 1), "expert_ids", "int64"),
-        (torch.zeros(1, H), _ids([-2]), torch.ones(1, 1), "expert_ids", "-2"),
-        (torch.zeros(2, H), _ids([0, 2], [2, 2]), torch.ones(2, 2), "expert_ids", "row 1 asks "
+        (torch.zeros(2, 9), _ids([0], [0]), _ones(2, 1), "hidden", r"\[2, 9\]"),
+        (torch.zeros(H), _ids([0]), _ones(1, 1), "hidden", r"\[8\]"),
+        (torch.zeros(1, H).double(), _ids([0]), _ones(1, 1), "hidden", "float64"),
+        (torch.zeros(2, H), _ids([0]), _ones(2, 1), "expert_ids", r"\[1, 1\]"),
+        (torch.zeros(1, H), _ids([0]).astype(np.int64), _ones(1, 1), "expert_ids", "int64"),
+        (torch.zeros(1, H), _ids([-2]), _ones(1, 1), "expert_ids", "-2"),
+        (torch.zeros(2, H), _ids([0, 2], [2, 2]), _ones(2, 2), "expert_ids", "row 1 asks "
          "expert 2 twice"),
-        (torch.zeros(1, H), _ids([0, 2]), torch.ones(1, 1), "weights", r"\[1, 1\]"),
-        (torch.zeros(1, H), _ids([0]), torch.ones(1, 1).half(), "weights", "float16"),
+        (torch.zeros(1, H), _ids([0, 2]), _ones(1, 1), "weights", r"\[1, 1\]"),
+        (torch.zeros(1, H), _ids([0]), _ones(1, 1).astype(np.float16), "weights", "float16"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_with_its_field(
     shard: ExpertShard,
     hidden: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    ids: Ids,
+    weights: RowWeights,
     field: str,
     message: str,
 ) -> None:
@@ -159,8 +174,8 @@ def test_a_wrong_request_is_refused_with_its_field(
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_weight_that_is_not_finite_stays_in_its_row(shard: ExpertShard, bad: float) -> None:
     hidden, ids = torch.randn(2, H), _ids([0, 2], [0, 2])
-    good = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
-    mixed = torch.tensor([[0.5, bad], [0.5, 0.5]])
+    good = _weights_of([0.5, 0.5], [0.5, 0.5])
+    mixed = _weights_of([0.5, bad], [0.5, 0.5])
 
     expected = shard.execute(1, hidden, ids, good)
     actual = shard.execute(1, hidden, ids, mixed)
@@ -172,7 +187,7 @@ def test_a_weight_that_is_not_finite_stays_in_its_row(shard: ExpertShard, bad: f
 def test_a_slot_that_moves_away_is_refused_and_one_that_comes_is_served(
     shard: ExpertShard,
 ) -> None:
-    ask = (1, torch.randn(1, H), _ids([3]), torch.ones(1, 1))
+    ask = (1, torch.randn(1, H), _ids([3]), _ones(1, 1))
 
     shard.add(Slot(1, 3), _weights(Slot(1, 3)))
     shard.execute(*ask)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,9 +115,9 @@ def test_requests_are_computed_while_a_slot_is_read() -> None:
         reader.go.clear()
         loading = asyncio.ensure_future(mover.load(SLOTS))
         await asyncio.to_thread(reader.waits.wait, 10.0)
-        ids = torch.zeros(2, 1, dtype=torch.int32)
+        ids, weights = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
         request = ExecuteRequest(
-            layer=0, hidden_states=torch.ones(2, H), expert_ids=ids, expert_weights=torch.ones(2, 1)
+            layer=0, hidden_states=torch.ones(2, H), expert_ids=ids, expert_weights=weights
         )
         await runner.execute(request, Deadline.after(10.0))
         still = not loading.done()

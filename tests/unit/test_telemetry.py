@@ -184,8 +184,8 @@ def test_an_expert_servers_series_grow_with_its_layers() -> None:
         request = ExecuteRequest(
             layer=3,
             hidden_states=torch.ones(5, 2),
-            expert_ids=torch.zeros(5, 1, dtype=torch.int32),
-            expert_weights=torch.ones(5, 1),
+            expert_ids=np.zeros((5, 1), np.int32),
+            expert_weights=np.ones((5, 1), np.float32),
             epoch=1,
         )
         await runner.execute(request, Deadline.after(10.0))
