@@ -333,9 +333,13 @@ def _set(future: asyncio.Future[Any], outcome: object) -> None:
 
 
 def _response(job: _Request) -> ExecuteResponse:
-    outputs, room = job.outputs, job.request.room
     return ExecuteResponse(
-        hidden_states=outputs[0] if len(outputs) == 1 else torch.cat(outputs, out=room),
+        hidden_states=job.outputs[0] if len(job.outputs) == 1 else _joined(job),
         queue_us=(job.started_at_ns - job.queued_at_ns) // 1000,
         compute_us=job.compute_ns // 1000,
     )
+
+
+def _joined(job: _Request) -> torch.Tensor:
+    room, hidden = job.request.room, job.request.hidden_states
+    return torch.cat(job.outputs, out=None if room is None else room.like(hidden))

@@ -127,7 +127,8 @@ class Router:
         if batch.sample is not None:
             self.meter.take(layer.index, batch.sample)
         result = await self._fanout.run(batch, layer.index, snapshot, deadline)
-        room = requests[0].room if len(requests) == 1 else None
+        lent = requests[0].room if len(requests) == 1 else None
+        room = None if lent is None else lent.like(batch.hidden)
         if room is None:  # the batch's are the only hands that the partial sums are in
             room = dispatch.reusable(batch.hidden, result.contributions)
         hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions, room)

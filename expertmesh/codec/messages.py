@@ -20,6 +20,14 @@ from expertmesh.codec.wire import Buffer
 PASS = 2  # of NonFinitePolicy; whatever else it says, the request is refused
 
 
+class Room(Protocol):
+    """Memory that a caller has lent for an answer."""
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Of the tensor's shape and dtype; None where there is too little, or no longer any."""
+        ...
+
+
 @dataclass(slots=True, kw_only=True)
 class ForwardRequest:
     """router.proto ForwardRequest."""
@@ -33,7 +41,7 @@ class ForwardRequest:
     want_detail: bool = False
     request_id: str = ""
     hidden_states_scale: torch.Tensor | None = None  # [T] float32, beside FP8
-    room: torch.Tensor | None = None  # [T, H] where the answer may be written; never sent
+    room: Room | None = None  # where the answer may be written; never sent
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +69,7 @@ class ExecuteRequest:
     epoch: int = 0
     request_id: str = ""
     hidden_states_scale: torch.Tensor | None = None  # [R] float32, beside FP8
-    room: torch.Tensor | None = None  # [R, H] where the answer may be written; never sent
+    room: Room | None = None  # where the answer may be written; never sent
 
 
 @dataclass(slots=True, kw_only=True)

@@ -61,12 +61,12 @@ class Borrowed:
         self.lease = lease
         self.room: Bytes | None = room  # for the answer
 
-    def room_like(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Room for an answer of the tensor's shape and dtype; None where there is too little."""
-        size = tensor.nbytes
-        if self.room is None or not 0 < size <= self.room.nbytes:
+    def like(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """See `Room`. From any thread."""
+        size, room = tensor.nbytes, self.room
+        if room is None or not 0 < size <= room.nbytes:
             return None
-        return torch.from_numpy(self.room[:size]).view(tensor.dtype).view(tensor.shape)
+        return torch.from_numpy(room[:size]).view(tensor.dtype).view(tensor.shape)
 
     def give_back(self, call: Callable[[], None]) -> None:
         """Calls back when nothing uses the memory any more; see `Lease.when_ended`."""

@@ -449,8 +449,7 @@ class FrameSession:
 def _request(frame: _Frame) -> Any:
     """The whole request, with room for its answer where the caller lends some."""
     request = frame.pending.finish()
-    if frame.borrowed is not None:
-        request.room = frame.borrowed.room_like(request.hidden_states)
+    request.room = frame.borrowed
     return request
 
 

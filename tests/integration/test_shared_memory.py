@@ -627,9 +627,10 @@ class _Slow:
         if not bool((hidden == mark).all()):
             self.changed.append(mark)
         output: torch.Tensor = hidden * 2
-        if request.room is not None:
-            request.room.copy_(output)
-            output = request.room
+        room = None if request.room is None else request.room.like(output)
+        if room is not None:
+            room.copy_(output)
+            output = room
             self.written += 1
         return output
 
