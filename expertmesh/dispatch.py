@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Ids = npt.NDArray[np.int32]
+#: A partial sum [R, H], and its rows, ascending; None for every row.
+Contribution = tuple[npt.NDArray[np.int64] | None, torch.Tensor]
 
 #: A server that most rows visit is sent every row: the others cost less on the wire than it takes
 #: to pick rows out of a large tensor, and their part of the answer is zero.
@@ -247,7 +250,7 @@ def rows_of(tensor_TX: torch.Tensor, rows: npt.NDArray[np.int64] | None) -> torc
 
 def reusable(
     hidden_TH: torch.Tensor,
-    contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
+    contributions: Sequence[Contribution],
 ) -> torch.Tensor | None:
     """A partial sum in whose place the sum of all may be written, as `combine`'s room.
 
@@ -261,17 +264,29 @@ def reusable(
     return None
 
 
+class SumKernel(Protocol):
+    """Adds up partial sums in one pass."""
+
+    def takes(self, out_TH: torch.Tensor, contributions: Sequence[Contribution]) -> bool:
+        """Whether it can add these up."""
+        ...
+
+    def add(self, out_TH: torch.Tensor, contributions: Sequence[Contribution]) -> None:
+        """Writes what `combine` says into `out_TH`."""
+        ...
+
+
 def combine(
     hidden_TH: torch.Tensor,
-    contributions: Sequence[tuple[npt.NDArray[np.int64] | None, torch.Tensor]],
+    contributions: Sequence[Contribution],
     room_TH: torch.Tensor | None = None,
+    kernel: SumKernel | None = None,
 ) -> torch.Tensor:
-    """Adds up partial sums, each [R, H] for its ascending rows, in float32; rounds once, to
-    hidden's dtype.
+    """Adds up partial sums in float32; rounds once, to hidden's dtype.
 
     The order of the sum is that of `contributions`. Rows without any are zero. The sum may be
     written into `room_TH`, of hidden's shape and dtype, and is that tensor then; one of the partial
-    sums may be the room.
+    sums may be the room. `kernel` is code of our own, where there is some.
     """
     dtype = hidden_TH.dtype
     partials = [partial for rows, partial in contributions if rows is None]
@@ -279,9 +294,12 @@ def combine(
         if len(partials) == 1:
             return partials[0].to(dtype)
         if len(partials) == 2 and partials[0].dtype == partials[1].dtype == dtype:
-            # Of 16-bit types, too, torch adds two in float32.
+            # Of 16-bit types, too, torch adds two in float32, and in one pass.
             return torch.add(partials[0], partials[1], out=room_TH)
     total = torch.empty(hidden_TH.shape, dtype=dtype) if room_TH is None else room_TH
+    if kernel is not None and kernel.takes(total, contributions):
+        kernel.add(total, contributions)
+        return total
     # In blocks that stay in the cache: the float32 sums of a large batch would be twice its size.
     for start in range(0, len(total), _COMBINE_ROWS):
         block = total[start : start + _COMBINE_ROWS]

@@ -16,7 +16,7 @@ import torch
 from expertmesh import dispatch
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
-from expertmesh.dispatch import Ids, Part
+from expertmesh.dispatch import Contribution, Ids, Part
 from expertmesh.errors import (
     DeadlineError,
     InternalError,
@@ -41,7 +41,6 @@ RETRYABLE = (UnavailableError, OverloadedError, StaleEpochError, SlotNotHeldErro
 _LOOK_S = 0.5  # at the latest, whoever waits for a server looks again
 _SAY_WHY_S = 0.02  # given up this long before the deadline, so that the reason reaches the caller
 
-Contribution = tuple[npt.NDArray[np.int64] | None, torch.Tensor]
 _Planned = tuple[list[Part], SlotMap, frozenset[str]]  # parts, planned on, servers avoided
 
 

@@ -24,6 +24,7 @@ from router_service import routing, validate
 from router_service.batch import Answer, LayerQueue, Member, split
 from router_service.counts import AssignmentCounts
 from router_service.fanout import FanOut
+from router_service.kernels.avx512_sum import create_avx512_sum
 from router_service.meter import DivergenceMeter
 from router_service.pool import ExpertPool
 from router_service.snapshot import EpochsInUse, Model, Snapshot
@@ -44,6 +45,7 @@ class Router:
         self._queues: dict[tuple[int, torch.dtype, bool], LayerQueue] = {}
         self._tasks = TaskSet()
         self._epochs = EpochsInUse()
+        self._sum = create_avx512_sum()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="router-math")
         self._fanout = FanOut(pool, lambda: self.snapshot.slots, config)
 
@@ -131,7 +133,9 @@ class Router:
         room = None if lent is None else lent.like(batch.hidden)
         if room is None:  # the batch's are the only hands that the partial sums are in
             room = dispatch.reusable(batch.hidden, result.contributions)
-        hidden = await self._math(rows, dispatch.combine, batch.hidden, result.contributions, room)
+        hidden = await self._math(
+            rows, dispatch.combine, batch.hidden, result.contributions, room, self._sum
+        )
         routed = batch.routed_columns
         answer = Answer(
             hidden,
