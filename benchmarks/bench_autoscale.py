@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import Report
+from harness import Report, output_options
 from machine import facts
 
 from expertmesh.config import AutoscaleConfig
@@ -202,8 +202,7 @@ def plot(path: Path, drawn: dict[str, tuple[Simulated, Simulated]]) -> None:
 def main() -> None:
     """Simulates, prints, and writes results and a plot when asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--hardware", default="", help="name for the result files")
-    parser.add_argument("--json", type=Path, help="write the JSON here as well")
+    output_options(parser)
     parser.add_argument("--plot", type=Path, help="draw the days here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="days of other seeds")
     parser.add_argument("--quick", action="store_true", help="three hours: does it run at all?")
@@ -229,9 +228,7 @@ def main() -> None:
             report.write(arguments.hardware)
         if arguments.plot:
             plot(arguments.plot, drawn)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

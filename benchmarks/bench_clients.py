@@ -18,7 +18,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported: see bench
 
 import torch
 import uvloop
-from harness import Report, Spread, quantile, ratios
+from harness import Report, Spread, output_options, quantile, ratios
 from layer import LITE, QUICK, TINY_EXPERTS, Shape, make_block, make_rows, save_block
 from load import Block, Request, cpu_seconds, run_block
 from machine import facts
@@ -161,15 +161,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--requests", type=int, default=30, help="of each client in a round")
     parser.add_argument("--quick", action="store_true", help="a tiny layer: whether it works")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         run = {"decode": _run_decode, "routers": _run_routers}[arguments.what]
         report = run(Path(name), arguments)
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

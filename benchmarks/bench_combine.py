@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from harness import Report, Spread, interleave, ratios
+from harness import Report, Spread, interleave, output_options, ratios, repeated
 from machine import facts
 
 from expertmesh import dispatch
@@ -72,14 +71,7 @@ def _measure(report: Report, tokens: int, servers: int, rounds: int) -> None:
         report.gate(case, sides[name](), expected, 0.0)
     calls = max(1, _ROWS // tokens)
 
-    def repeat(side: Callable[[], object]) -> Callable[[int], None]:
-        def run(_: int) -> None:
-            for _ in range(calls):
-                side()
-
-        return run
-
-    seconds = interleave({name: repeat(side) for name, side in sides.items()}, rounds, 2)
+    seconds = interleave({name: repeated(side, calls) for name, side in sides.items()}, rounds, 2)
     report.add(
         case,
         **{"rows a server": f"{share:.0%}"},
@@ -96,8 +88,7 @@ def main() -> None:
     """Measures every size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(
@@ -110,11 +101,7 @@ def main() -> None:
     for tokens in _TOKENS:
         for servers in _SERVERS:
             _measure(report, tokens, servers, arguments.rounds)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

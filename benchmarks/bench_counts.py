@@ -16,7 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: threads that wait tak
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cluster in one process is the tests' own
 
 import torch
-from harness import Interval, Report, Spread, interleave
+from harness import Interval, Report, Spread, interleave, output_options
 from layer import LITE, QUICK, make_block, make_rows, save_block
 from machine import facts
 
@@ -44,8 +44,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(REQUESTS))
     parser.add_argument("--rounds", type=int, default=60, help="4096 rows: a third as many")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny layer: does it run at all?")
     return parser.parse_args()
 
@@ -142,11 +141,7 @@ def main() -> None:
                 meshes = {"frozen": frozen, "adaptive": moving}
                 _measure(report, meshes, block, rows, arguments.rounds)
             _switch(frozen, counting=True)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported: see bench
 
 import torch
 import uvloop
-from harness import Report, Spread, quantile
+from harness import Report, Spread, output_options, quantile
 from layer import Shape, make_block, make_rows, save_block
 from load import run_beside
 from machine import facts
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12.0, help="of each case in a round")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(
@@ -106,9 +106,7 @@ def main() -> None:
             ),
         }
         uvloop.run(_measure(report, addresses, arguments.seconds, arguments.rounds))
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

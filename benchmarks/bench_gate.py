@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from harness import Report, Spread, interleave, ratios
+from harness import Report, Spread, interleave, output_options, ratios, repeated
 from machine import facts
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config, Qwen3MoeConfig
@@ -120,14 +119,7 @@ def _measure(report: Report, model: Model, tokens: int, rounds: int) -> None:
         report.gate(case, _comparable(model, side()), expected, _TOLERANCE)
     calls = max(1, _ROWS // tokens)
 
-    def repeat(side: Callable[[], object]) -> Callable[[int], None]:
-        def run(_: int) -> None:
-            for _ in range(calls):
-                side()
-
-        return run
-
-    seconds = interleave({name: repeat(side) for name, side in sides.items()}, rounds, 2)
+    seconds = interleave({name: repeated(side, calls) for name, side in sides.items()}, rounds, 2)
     report.add(
         case,
         **{
@@ -148,8 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     report = Report(
@@ -163,11 +154,7 @@ def main() -> None:
     for model in MODELS:
         for tokens in _TOKENS:
             _measure(report, model, tokens, arguments.rounds)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 from bench_onednn import TOLERANCE, Batch, Side, make_backend, make_batch, our_side, peer_side
-from harness import Report, Spread, ratios
+from harness import Report, Spread, output_options, ratios
 from layer import LITE, Shape, make_block
 from machine import facts
 
@@ -116,13 +116,18 @@ def _block_s(side: Callable[[int], object], calls: int) -> float:
 def main() -> None:
     """Makes the layer, checks both sides, measures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", type=Path, required=True, help="the unpacked wheel of kt-kernel")
+    parser.add_argument("--peer", type=Path, help="the unpacked wheel of kt-kernel")
     parser.add_argument("--variant", default="avx512_bf16", help="of its extension modules")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of each side; every core if not given")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    output_options(parser)
     arguments = parser.parse_args()
+    if arguments.peer is None:  # `make bench` goes on
+        print(
+            "nothing is measured without a peer: unpack a wheel of kt-kernel, and name it (--peer)"
+        )
+        return
     threads = arguments.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     (version,) = (path.name for path in arguments.peer.glob("kt_kernel-*.dist-info"))
@@ -160,9 +165,7 @@ def main() -> None:
             calls=calls,
             blocks=len(seconds["onednn"]),
         )
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import torch
-from harness import Report, Spread, interleave, ratios
+from harness import Report, Spread, interleave, output_options, ratios
 from layer import LITE, QUICK, Shape, make_block, make_rows, save_block
 from machine import facts
 
@@ -43,8 +43,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
     parser.add_argument("--repeats", type=int, default=40, help="rounds; a quarter above 64 tokens")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny layer: does it run at all?")
     return parser.parse_args()
 
@@ -129,11 +128,7 @@ def main() -> None:
         ):
             for count in tokens:
                 _measure(report, mesh, block, shape, count, arguments.repeats)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch is imported: see bench
 
 import torch
 import uvloop
-from harness import Report
+from harness import Report, output_options
 from layer import TINY_EXPERTS, make_block, make_rows, save_block
 from load import anonymous_bytes, run_block
 from machine import facts
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=15, help="large requests of each client")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(
@@ -134,9 +134,7 @@ def main() -> None:
         save_block(make_block(TINY_EXPERTS), folder)
         with cluster(folder, folder, 2, backend="noop") as address:
             uvloop.run(_measure(report, address, arguments.requests, arguments.rounds))
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

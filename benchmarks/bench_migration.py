@@ -17,7 +17,7 @@ from pathlib import Path
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: threads that wait take no core
 
 import torch
-from harness import Report, Spread, WrongOutputError, quantile
+from harness import Report, Spread, WrongOutputError, output_options, quantile
 from layer import LITE, QUICK, Shape, make_block, make_rows, save_block
 from machine import facts
 from services import Addresses, whole_cluster
@@ -175,8 +175,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=4, help="of each side, in turn")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a block")
     parser.add_argument("--case", type=int, nargs="+", help=f"of {len(CASES)}, from 0; default all")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     parser.add_argument("--quick", action="store_true", help="tiny experts: does it run at all?")
     return parser.parse_args()
 
@@ -202,11 +201,7 @@ def main() -> None:
             save_block(block, Path(name))
             with whole_cluster(Path(name), Path(name), case.servers) as addresses:
                 _measure(report, case, addresses, block, arguments)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 # As in a server: threads that wait sleep. Else those of one side go on spinning for some
 # milliseconds, on the cores that the next side is measured on.
@@ -17,7 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 from ceilings import GEMM_FLOP, READ_BYTES, gemm, read
-from harness import Report, Spread, interleave, ratios
+from harness import Report, Spread, interleave, output_options, ratios
 from layer import LITE, QUICK, Shape, make_block, make_rows
 from machine import facts
 
@@ -181,8 +180,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512, 4096])
     parser.add_argument("--repeats", type=int, default=40, help="rounds; a quarter above 64 tokens")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     parser.add_argument("--quick", action="store_true", help="a tiny layer: does it run at all?")
     return parser.parse_args()
 
@@ -206,11 +204,7 @@ def main() -> None:
     backends = {name: make_backend(name, shape, experts) for name in ("bf16", "int8")}
     for count in tokens:
         _measure(report, backends, experts, shape, count, arguments.repeats)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

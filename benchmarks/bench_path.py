@@ -23,7 +23,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 import torch
 import uvloop
 from echo import EchoStream
-from harness import Report, Spread, WrongOutputError, quantile, ratios
+from harness import Report, Spread, WrongOutputError, output_options, quantile, ratios
 from layer import TINY_EXPERTS, Shape, make_block, make_rows, save_block
 from machine import facts
 from services import cluster, echo_over_two_hops
@@ -202,8 +202,7 @@ def main() -> None:
     """Makes the layer, serves it, measures, and removes it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=9, help="of each side, in turn")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(
@@ -224,11 +223,7 @@ def main() -> None:
         ):
             routers = Routers(usual, sharing, plain)
             uvloop.run(_measure_all(bench, report, routers, echo, arguments.blocks))
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 # Before numpy is imported: the seconds of one thread are reported.
@@ -19,7 +18,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 from greedy import published
-from harness import Report, Spread
+from harness import Report, Spread, output_options
 from machine import facts
 
 from load_controller.planner import Placement, Plan, Server, plan_placement
@@ -167,8 +166,7 @@ def measure_simulated(report: Report, name: str, slots: int, servers: int, redun
 def main() -> None:
     """Plans, prints, and writes results when asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--hardware", default="", help="name for the result files")
-    parser.add_argument("--json", type=Path, help="write the JSON here as well")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(
@@ -182,11 +180,7 @@ def main() -> None:
         measure(report, case)
     for simulated in SIMULATED:
         measure_simulated(report, *simulated)
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
-    if arguments.json:
-        report.write_json(arguments.json)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # before torch: threads that wait tak
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the cluster in one process is the tests' own
 
 import torch
-from harness import Report, Spread, WrongOutputError
+from harness import Report, Spread, WrongOutputError, output_options
 from machine import facts
 from mixes import MIXES, draw
 from serving_bias_plot import draw_trade_off
@@ -171,8 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--measured", type=int, default=16, help="batches of 4096 bytes")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
-    parser.add_argument("--json", type=Path, help="writes JSON there too")
+    output_options(parser)
     parser.add_argument("--plot", type=Path, help="draws the trade-off there")
     return parser.parse_args()
 
@@ -220,9 +219,7 @@ def main() -> None:
             report.write(arguments.hardware)
         if arguments.plot:
             draw_trade_off(arguments.plot, report.rows, arguments.mix)
-    print(report.markdown())
-    if arguments.json:
-        report.write_json(arguments.json)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import uvloop
-from harness import Report, Spread, WrongOutputError, quantile, ratios
+from harness import Report, Spread, WrongOutputError, output_options, quantile, ratios
 from machine import facts
 from services import service
 from stream_echo import SERVICE, echo_request
@@ -99,7 +99,7 @@ def main() -> None:
     """Starts the server, measures in turn, ends it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=15, help="of each stream, in turn")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(
@@ -112,9 +112,7 @@ def main() -> None:
     script = str(Path(__file__).parent / "stream_echo.py")
     with tempfile.TemporaryDirectory() as name, service(Path(name), script) as address:
         uvloop.run(_measure(report, address, arguments.blocks))
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

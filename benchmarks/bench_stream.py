@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import uvloop
 from echo import EchoStream
-from harness import Report, Spread, WrongOutputError, quantile, ratios
+from harness import Report, Spread, WrongOutputError, output_options, quantile, ratios
 from machine import facts
 from services import service
 from stream_echo import SERVICE, echo_request
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="an interpreter with pyarrow")
     parser.add_argument("--blocks", type=int, default=9, help="of each side, in turn")
-    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    output_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     python = flight_python(arguments.peer_python)
@@ -191,9 +191,7 @@ def main() -> None:
             stack.callback(peer.close)
             run = peer.run
         uvloop.run(_measure(report, address, bare_address, run, arguments.blocks))
-    print(report.markdown())
-    if arguments.hardware:
-        report.write(arguments.hardware)
+    report.publish(arguments)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ No case gets a time in a report before its outputs have passed the gate.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -158,11 +159,35 @@ class Report:
         self.write_json(path.with_suffix(".json"))
         return path
 
+    def publish(self, arguments: argparse.Namespace) -> None:
+        """Prints the page, and writes what `output_options` ask for."""
+        print(self.markdown())
+        if arguments.json:
+            self.write_json(arguments.json)
+        if arguments.hardware:
+            self.write(arguments.hardware)
+
     def write_json(self, path: Path) -> None:
         """Everything, for programs. A Spread becomes its three numbers."""
         whole = {"theme": self.theme, "command": self.command, "facts": dict(self.facts)}
         text = json.dumps({**whole, "rows": self.rows}, indent=1, default=_plain)
         path.write_text(text + "\n")
+
+
+def output_options(parser: argparse.ArgumentParser) -> None:
+    """Where results go, beside the screen."""
+    parser.add_argument("--hardware", help="writes benchmarks/results, e.g. 2core-epyc")
+    parser.add_argument("--json", type=Path, help="writes JSON there too")
+
+
+def repeated(run: Callable[[], object], calls: int) -> Callable[[int], None]:
+    """So many calls, as a variant for `interleave`."""
+
+    def repeat(_: int) -> None:
+        for _ in range(calls):
+            run()
+
+    return repeat
 
 
 def _plain(value: object) -> object:
