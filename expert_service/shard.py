@@ -32,8 +32,8 @@ RowWeights = npt.NDArray[np.float32]
 _NAMED = 8  # experts that an error names: enough to look for, few enough for a header
 Weights = ExpertWeights | Fp8ExpertWeights
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Up to so many pairs Python's own loop counts sooner than numpy's calls.
-_FEW_PAIRS = 16
+#: Up to so many pairs Python's own loop counts, or checks, sooner than numpy's calls.
+_FEW_PAIRS, _FEW_CHECKED = 16, 64
 
 
 class ExpertShard:
@@ -258,7 +258,9 @@ class _LayerState:
 
     def check_ids(self, ids_RK: Ids) -> None:
         """Raises SlotNotHeldError, or InvalidRequestError for ids twice in a row or below -1."""
-        if not ids_RK.size or (len(ids_RK) == 1 and self._allows(ids_RK[0].tolist())):
+        if not ids_RK.size:
+            return
+        if ids_RK.size <= _FEW_CHECKED and all(map(self._allows, ids_RK.tolist())):
             return
         # Sorted rows serve every check: extremes are at the ends, doubles side by side. Numpy's own
         # reductions, as its methods are Python around them.
@@ -279,7 +281,7 @@ class _LayerState:
             )
 
     def _allows(self, ids: list[int]) -> bool:
-        """Whether one row's ids are right: for so few, a set is faster than numpy's calls."""
+        """Whether one row's ids are right."""
         asked = [expert for expert in ids if expert != -1]
         return self.held.issuperset(asked) and len(set(asked)) == len(asked)
 
