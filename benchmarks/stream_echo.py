@@ -22,8 +22,8 @@ from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.process import settle_memory
+from expertmesh.rpc.served_frames import FrameProtocol
 from expertmesh.rpc.server import GrpcServer, stream_tensor
-from expertmesh.rpc.session import FrameProtocol
 
 SERVICE = "echo.TensorEcho"
 _WIDTH = 2048

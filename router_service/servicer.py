@@ -12,8 +12,8 @@ from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.narrowing import widening
+from expertmesh.rpc.served_frames import FrameProtocol
 from expertmesh.rpc.server import stream_tensor, unary, unary_tensor
-from expertmesh.rpc.session import FrameProtocol
 from expertmesh.v1 import router_pb2 as pb
 from router_service.controller_link import ControllerLink
 from router_service.router import Router

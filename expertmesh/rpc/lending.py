@@ -27,9 +27,9 @@ from expertmesh.rpc.blocks import FreeList
 from expertmesh.v1.tensor_pb2 import SharedMemoryAnswer
 
 METADATA_KEY = "expertmesh-memory-bin"
-#: Below, elements travel in the message: the copies cost less than to lend and return. Beside a data
-#: connection one hop is 0.89 to 0.98 times as fast with memory lent for 4 to 32 KiB, 1.1 times from
-#: 64 KiB and 1.3 times at 1 MiB (benchmarks/bench_shared.py).
+#: Below, elements travel in the message: the copies cost less than to lend and return. One hop of a
+#: data connection is 0.89 to 0.98 times as fast with memory lent for 4 to 32 KiB, 1.1 times from 64
+#: KiB and 1.3 times at 1 MiB (benchmarks/bench_shared.py).
 LEAST_BYTES = 64 << 10
 #: From here on torch copies, which lets the interpreter lock go meanwhile.
 _LARGE_BYTES = 1 << 20

@@ -26,7 +26,8 @@ from expertmesh.rpc.answering import answer_in_time
 from expertmesh.rpc.channel import FRAME_OPTION, max_message_bytes
 from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import FrameProtocol, FrameSession
+from expertmesh.rpc.served_frames import FrameProtocol
+from expertmesh.rpc.session import FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
 
 Handler = Callable[[Any, Deadline], Awaitable[Any]]

@@ -36,8 +36,8 @@ from expertmesh.rpc.arena import HEADER_BYTES, Arena
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import LEAST_BYTES, METADATA_KEY, Lender
+from expertmesh.rpc.served_frames import FrameProtocol
 from expertmesh.rpc.server import stream_tensor
-from expertmesh.rpc.session import FrameProtocol
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import router_pb2_grpc, tensor_pb2
 from tests.checkpoints import make_checkpoint

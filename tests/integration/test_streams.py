@@ -29,7 +29,8 @@ from expertmesh.rpc import loop
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.session import FrameProtocol, FrameSession
+from expertmesh.rpc.served_frames import FrameProtocol
+from expertmesh.rpc.session import FrameSession
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import expert_pb2, expert_pb2_grpc, router_pb2, router_pb2_grpc
 from tests.checkpoints import make_checkpoint
