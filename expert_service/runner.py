@@ -259,10 +259,8 @@ class DeviceRunner:
 
     def _execute(self, jobs: list[_Request], pieces: list[Piece]) -> tuple[torch.Tensor, ...]:
         """One call of the backend for all pieces."""
-        layer, parts = (
-            jobs[0].request.layer,
-            [_rows_of(piece, job) for piece, job in zip(pieces, jobs, strict=True)],
-        )
+        layer = jobs[0].request.layer
+        parts = [_rows_of(piece, job) for piece, job in zip(pieces, jobs, strict=True)]
         if len(parts) == 1:
             return (self._shard.compute(layer, *parts[0]),)
         hidden, ids, weights = zip(*parts, strict=True)

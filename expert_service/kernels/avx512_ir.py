@@ -65,18 +65,19 @@ def generate(weights: str, *, has_dot: bool) -> str:
     `gate_up` writes it is float32. Indices are int64, weights, scales and sums float32, sums of
     bytes int32; strides are between rows, in elements.
 
-    `has_dot`: the CPU has AVX-512 BF16, which multiplies pairs of bfloat16; else they are widened.
+    `has_dot`: the CPU has AVX-512 BF16, which multiplies pairs of bfloat16 and rounds to it; else
+    they are widened, and rounded in bits.
     """
     module = ir.Module("experts")
     if weights == "int8":
-        kind = Kind(dot_bytes, I8, BITS, F32)
+        kind = Kind(dot_bytes, I8, BITS, F32, has_dot)
     else:
-        kind = Kind(dot_pairs if has_dot else dot_widened, BF16, SUMS, BF16)
+        kind = Kind(dot_pairs if has_dot else dot_widened, BF16, SUMS, BF16, has_dot)
     product = define_product(module, kind)
     _define_gate_up(module, product, kind)
     for name, dtype in _DTYPES.items():
         _define_down(module, product, kind, f"down_{name}", dtype)
-        _define_sum(module, f"sum_{name}", dtype)
+        _define_sum(module, f"sum_{name}", dtype, has_dot)
         _define_round(module, f"round_{name}", dtype)
     return str(module)
 
@@ -102,7 +103,8 @@ def _define_gate_up(module: ir.Module, product: ir.Function, kind: Kind) -> None
                     _meant(builder, kind, sums, r, vector, job[side], block, scale)
                     for sums, side in ((gates, "side"), (ups, "second_side"))
                 )
-                store(builder, builder.fmul(_silu(builder, gate), up), out, vector, kind.wide)
+                value = builder.fmul(_silu(builder, gate), up)
+                store(builder, value, out, vector, kind.wide, has_dot=kind.has_dot)
     builder.ret_void()
 
 
@@ -122,7 +124,7 @@ def _define_down(
             scale = _row_scale(builder, kind, scales, row, r)
             for vector in range(VECTORS):
                 value = _meant(builder, kind, sums, r, vector, job["side"], block, scale)
-                store(builder, value, out, vector, dtype)
+                store(builder, value, out, vector, dtype, has_dot=kind.has_dot)
     builder.ret_void()
 
 
@@ -160,7 +162,7 @@ def _meant(
     return builder.fmul(exact, builder.fmul(each, scale))
 
 
-def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
+def _define_sum(module: ir.Module, name: str, dtype: ir.Type, has_dot: bool) -> None:
     function = declare(module, name, *(I64, I64, PTR, I64), *(PTR, PTR, PTR), *(PTR, I64))
     first, stop, y, stride, places, weights, offsets, out, blocks = function.args
     builder = ir.IRBuilder(function.append_basic_block())
@@ -180,7 +182,7 @@ def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
                     after.append(builder.call(fma, [weight, value, total]))
             at = outputs_at(builder, out, stride, row, block, dtype)
             for vector, total in enumerate(before):
-                store(builder, total, at, vector, dtype)
+                store(builder, total, at, vector, dtype, has_dot=has_dot)
     builder.ret_void()
 
 
@@ -216,7 +218,7 @@ def _define_round(module: ir.Module, name: str, dtype: ir.Type) -> None:
                 value = load_vector(builder, at, vector, dtype)
                 shifted = builder.call(fma, [value, factor, constant(SUMS, _ZERO_BYTE + 0.5)])
                 bits = builder.fptoui(shifted, BITS)
-                store(builder, bits, out_at, vector, I8)
+                store(builder, bits, out_at, vector, I8, has_dot=False)
     builder.ret_void()
 
 

@@ -226,7 +226,7 @@ def read_array(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> 
     if tensor.dtype not in _IN_NUMPY:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise InvalidRequestError(
-            f"{name}.data_type is {kind}, which no such array has", field=f"{name}.data_type"
+            f"{name} are {kind}: ids are int32, and weights float32", field=f"{name}.data_type"
         )
     return tensor.numpy()
 

@@ -57,6 +57,7 @@ class Kind(NamedTuple):
     values: ir.Type  # of rows of x and h as they are multiplied
     sums: ir.Type  # of vectors of sums
     wide: ir.Type  # of h as `gate_up` writes it
+    has_dot: bool  # the CPU has AVX-512 BF16
 
 
 def _define_product_of(module: ir.Module, rows: int, kind: Kind) -> ir.Function:
@@ -174,13 +175,34 @@ def outputs_at(
 
 
 def store(
-    builder: ir.IRBuilder, value: ir.Value, base: ir.Value, vector: int, dtype: ir.Type
+    builder: ir.IRBuilder,
+    value: ir.Value,
+    base: ir.Value,
+    vector: int,
+    dtype: ir.Type,
+    *,
+    has_dot: bool,
 ) -> None:
-    if dtype == BF16:
+    """`has_dot`: the CPU has AVX-512 BF16, which also rounds to bfloat16."""
+    if dtype == BF16 and has_dot:
         value = builder.fptrunc(value, ir.VectorType(dtype, LANES))
+    elif dtype == BF16:
+        value = _rounded(builder, value)
     elif dtype == I8:
         value = builder.trunc(value, ir.VectorType(dtype, LANES))
     builder.store(value, element_at(builder, base, i64(vector * LANES), dtype), align=1)
+
+
+def _rounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The bits of the nearest bfloat16, of two as near of the even one. LLVM's own truncation calls
+    a function that is not there, on CPUs without an instruction for it."""
+    bits = builder.bitcast(value, BITS)
+    odd = builder.and_(builder.lshr(bits, constant(BITS, 16)), constant(BITS, 1))
+    nearest = builder.add(bits, builder.add(odd, constant(BITS, 0x7FFF)))
+    # What is added would make another number of a NaN, or an infinity.
+    quiet = builder.or_(bits, constant(BITS, 0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, nearest)
+    return builder.trunc(builder.lshr(chosen, constant(BITS, 16)), ir.VectorType(_I16, LANES))
 
 
 def load_vector(builder: ir.IRBuilder, base: ir.Value, vector: int, dtype: ir.Type) -> ir.Value:
@@ -196,6 +218,7 @@ def allocate_sums(builder: ir.IRBuilder) -> ir.Value:
     return sums
 
 
+_I16 = ir.IntType(16)
 #: exp(r) for |r| <= ln(2) / 2, by Taylor: the first term left out is below 1.2e-7, an ulp.
 _EXP = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0]
 _LOG2_E = 1.4426950408889634

@@ -62,7 +62,7 @@ def generate(spec: GateSpec, experts: int) -> str:
     weights [T, K] float32. `rows` has the numbers 0 .. PIECE - 1, int64.
     """
     module = ir.Module("gate")
-    product = define_product(module, Kind(dot_pairs, BF16, SUMS, BF16))
+    product = define_product(module, Kind(dot_pairs, BF16, SUMS, BF16, has_dot=True))
     blocks = -(-experts // BLOCK)
     function = declare(module, "route", *(I64, I64, PTR, I64), *[PTR] * 2, I64, *[PTR] * 4)
     first, stop, x, stride, rows, matrix, groups, bias, logits, ids, weights = function.args

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from expertmesh.dispatch import Contribution
-from expertmesh.kernels.compiling import BLOCK, Library, has_compiler
+from expertmesh.kernels.compiling import BLOCK, Library, has_compiler, has_dot
 
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _Int64 = npt.NDArray[np.int64]
@@ -24,11 +24,12 @@ _Int64 = npt.NDArray[np.int64]
 class Avx512Sum:
     """See `expertmesh.dispatch.SumKernel`. Any number of threads may use it at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_dot: bool) -> None:
+        """`with_dot`: with what AVX-512 BF16 has."""
         # Here, so that nobody who does without needs llvmlite.
         from router_service.kernels.avx512_sum_ir import generate
 
-        self._library = Library(generate())
+        self._library = Library(generate(has_dot=with_dot))
         self._sum = {
             dtype: self._library.function(f"sum_{suffix}", "ipppi")
             for dtype, suffix in _SUFFIXES.items()
@@ -72,4 +73,6 @@ def _table(
 @functools.cache
 def create_avx512_sum() -> Avx512Sum | None:
     """Compiled once a process; None without AVX-512 or llvmlite, where torch has to do."""
-    return Avx512Sum() if torch.cpu._is_avx512_supported() and has_compiler() else None
+    if not (torch.cpu._is_avx512_supported() and has_compiler()):
+        return None
+    return Avx512Sum(with_dot=has_dot())

@@ -21,8 +21,8 @@ from expertmesh.kernels.llvm_building import (
 _DTYPES = {"bf16": BF16, "f32": F32}
 
 
-def generate() -> str:
-    """The module's text.
+def generate(*, has_dot: bool) -> str:
+    """The module's text; `has_dot` says that the CPU has AVX-512 BF16.
 
         sum_DTYPE(rows, parts, offsets, out, blocks)
             out[r] = sum of the rows at the addresses parts[p], offsets[r] <= p < offsets[r + 1]
@@ -33,11 +33,11 @@ def generate() -> str:
     """
     module = ir.Module("sum")
     for name, dtype in _DTYPES.items():
-        _define_sum(module, f"sum_{name}", dtype)
+        _define_sum(module, f"sum_{name}", dtype, has_dot)
     return str(module)
 
 
-def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
+def _define_sum(module: ir.Module, name: str, dtype: ir.Type, has_dot: bool) -> None:
     function = declare(module, name, I64, PTR, PTR, PTR, I64)
     rows, parts, offsets, out, blocks = function.args
     builder = ir.IRBuilder(function.append_basic_block())
@@ -55,5 +55,5 @@ def _define_sum(module: ir.Module, name: str, dtype: ir.Type) -> None:
                     after.append(builder.fadd(total, load_vector(builder, at, vector, dtype)))
             at = outputs_at(builder, out, width, row, block, dtype)
             for vector, total in enumerate(before):
-                store(builder, total, at, vector, dtype)
+                store(builder, total, at, vector, dtype, has_dot=has_dot)
     builder.ret_void()

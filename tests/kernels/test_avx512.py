@@ -19,6 +19,7 @@ from expert_service.kernels.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.kernels.compiling import Matrix, has_compiler, has_dot
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
+from tests.kernels.hosts import without_bf16
 from tests.kernels.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(
@@ -34,9 +35,16 @@ H, I = 192, 128  # noqa: E741 # as in the kernels' formulas
 @pytest.fixture(scope="module", params=[True, False], ids=["dot", "widened"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """The code for CPUs with AVX-512 BF16, and for those without."""
-    if request.param and not has_dot():
+    if not request.param:
+        return _without_bf16("bf16")
+    if not has_dot():
         pytest.skip("needs AVX-512 BF16")
-    return Kernels(*avx512._compile("bf16", request.param))
+    return Kernels(*avx512._compile("bf16", True))
+
+
+def _without_bf16(weights: str) -> Kernels:
+    with without_bf16():
+        return Kernels(*avx512._compile(weights, False))
 
 
 class Packed:
@@ -412,6 +420,19 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def _compile_for_few(weights: str) -> Kernels:
     library, _ = avx512._compile(weights, has_dot())
     return Kernels(library, most_rows=4)
+
+
+@pytest.mark.parametrize("form", ["auto", "int8"])
+def test_a_cpu_without_instructions_for_bfloat16_computes_the_same(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avx512_experts, "compile_kernels", _without_bf16)
+    ours, reference = _pair(form=form)
+
+    for rows in (1, 4, 40):
+        call = _call(rows, 3)
+        out, expected = ours.compute(*call), reference.compute(*call)
+        assert relative_error(out, expected)[0] < (ERROR if form == "int8" else 1e-2)
 
 
 @pytest.mark.parametrize("form", ["auto", "int8"])

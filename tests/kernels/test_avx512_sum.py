@@ -8,7 +8,9 @@ import torch
 
 from expertmesh import dispatch
 from expertmesh.dispatch import Contribution
+from expertmesh.kernels.compiling import has_dot
 from router_service.kernels.avx512_sum import Avx512Sum, create_avx512_sum
+from tests.kernels.hosts import without_bf16
 
 pytestmark = pytest.mark.skipif(
     create_avx512_sum() is None, reason="needs a CPU with AVX-512, and llvmlite"
@@ -16,11 +18,15 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture
-def kernel() -> Avx512Sum:
-    kernel = create_avx512_sum()
-    assert kernel is not None
-    return kernel
+@pytest.fixture(scope="module", params=[True, False], ids=["bf16", "bits"])
+def kernel(request: pytest.FixtureRequest) -> Avx512Sum:
+    """As it is on CPUs with AVX-512 BF16, and on those without."""
+    if not request.param:
+        with without_bf16():
+            return Avx512Sum(with_dot=False)
+    if not has_dot():
+        pytest.skip("needs AVX-512 BF16")
+    return Avx512Sum(with_dot=True)
 
 
 def _contributions(
@@ -53,6 +59,22 @@ def test_sums_are_those_of_torch(kernel, shares, width, rows, dtype) -> None:
     assert summed is room
     assert kernel.takes(room, contributions)
     assert torch.equal(summed, dispatch.combine(hidden, contributions))
+
+
+def test_every_number_is_rounded_as_torch_rounds_it(kernel) -> None:
+    # One part is a number of 16 bits, the other adds half of its last digit, or a little more or
+    # less: ties, both neighbours of them, and what overflows.
+    patterns = torch.arange(0x0080, 0x7F80, dtype=torch.int32).repeat(3, 1)
+    patterns = patterns[:, : patterns.shape[1] // 64 * 64]
+    exact = (patterns << 16).view(torch.float32).contiguous()
+    half = ((patterns << 16) + 0x8000).view(torch.float32) - exact
+    added = half * torch.tensor([[0.9921875], [1.0], [1.0078125]])
+    parts: list[Contribution] = [(None, each.bfloat16()) for each in (exact, added, -0.0 * exact)]
+    hidden = torch.empty(exact.shape, dtype=torch.bfloat16)
+
+    summed = dispatch.combine(hidden, parts, None, kernel)
+
+    assert torch.equal(summed, dispatch.combine(hidden, parts))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
