@@ -17,9 +17,10 @@ import torch
 
 from expert_service.device_queue import DeviceQueue, Job, Piece
 from expert_service.device_use import DeviceUse
-from expert_service.shard import ExpertShard, Ids, RowWeights
+from expert_service.shard import ExpertShard, RowWeights
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
+from expertmesh.dispatch import Ids
 from expertmesh.errors import OverloadedError, UnavailableError
 from expertmesh.rpc.admission import RETRY_AFTER_S
 from expertmesh.rpc.deadline import Deadline

@@ -17,6 +17,7 @@ import torch
 from expert_service.backend import Backend
 from expertmesh.checkpoint import slot_digest
 from expertmesh.checkpoint.fp8 import KERNEL_BLOCK
+from expertmesh.dispatch import Ids
 from expertmesh.errors import (
     ConfigError,
     InvalidRequestError,
@@ -27,7 +28,6 @@ from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSp
 
 #: Memory is given back to the system after this many bytes of weights were loaded.
 _TRIM_EVERY_BYTES = 32 * 2**20
-Ids = npt.NDArray[np.int32]
 RowWeights = npt.NDArray[np.float32]
 _NAMED = 8  # experts that an error names: enough to look for, few enough for a header
 Weights = ExpertWeights | Fp8ExpertWeights

@@ -217,11 +217,12 @@ def read_array(buffer: Buffer, at: int, end: int, name: str, max_bytes: int) -> 
     """`read_whole` as an array. InvalidRequestError is also for types that numpy does not have."""
     start = _elements_at(buffer, at, end)
     layout = _layouts.get(bytes(buffer[at:start]))
-    if layout is not None and 0 < layout.total == layout.have == end - start <= max_bytes:
-        dtype, shape = layout.dtype, layout.shape
-        if dtype in _IN_NUMPY:
-            count = layout.total // dtype.itemsize
-            return np.frombuffer(buffer, _NUMPY_BY_DTYPE[dtype], count, start).reshape(shape)
+    if (
+        layout is not None
+        and layout.dtype in _IN_NUMPY
+        and 0 < layout.total == layout.have == end - start <= max_bytes
+    ):
+        return _elements(buffer, start, layout.dtype, layout.shape, layout.total)
     tensor = require_complete(read(buffer, at, end, name, max_bytes), name)
     if tensor.dtype not in _IN_NUMPY:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -235,10 +236,16 @@ def _view(
     buffer: Buffer, start: int, dtype: torch.dtype, shape: tuple[int, ...], size: int
 ) -> torch.Tensor:
     """A tensor of `size` bytes, one or more, where they lie in the buffer."""
-    stand_in = _NUMPY_BY_DTYPE[dtype]
-    flat = np.frombuffer(buffer, stand_in, size // dtype.itemsize, start)
-    tensor = torch.from_numpy(flat.reshape(shape))
+    tensor = torch.from_numpy(_elements(buffer, start, dtype, shape, size))
     return tensor if dtype in _IN_NUMPY else tensor.view(dtype)
+
+
+def _elements(
+    buffer: Buffer, start: int, dtype: torch.dtype, shape: tuple[int, ...], size: int
+) -> Array:
+    """The same as an array, of what stands in for types that numpy does not have."""
+    flat = np.frombuffer(buffer, _NUMPY_BY_DTYPE[dtype], size // dtype.itemsize, start)
+    return flat.reshape(shape)
 
 
 def _elements_at(buffer: Buffer, at: int, end: int) -> int:

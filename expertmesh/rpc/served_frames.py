@@ -112,10 +112,6 @@ class ServedFrames:
         self._timers = Timers()
         self._loop = asyncio.get_running_loop()
 
-    def __len__(self) -> int:
-        """Frames that have no answer yet."""
-        return len(self._frames)
-
     def take(self, buffer: Buffer, outbox: Outbox) -> None:
         """One message; `outbox` leads back where it came from. Raises InvalidRequestError for what
         cannot be read, which ends the stream."""

@@ -636,12 +636,11 @@ def refused(tensor: tensor_pb2.Tensor, limit: int = LIMIT) -> InvalidRequestErro
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("times", [1, 2], ids=["at first", "again"])
-def test_ids_of_a_type_that_numpy_does_not_have_are_refused(dtype, times) -> None:
+def test_ids_of_a_type_that_numpy_does_not_have_are_refused(dtype) -> None:
     ids = as_proto(torch.ones(3, 2, dtype=dtype))
     buffer = expert_pb2.ExecuteRequest(hidden_states=as_proto(drawn(3, 8)), expert_ids=ids)
 
-    for _ in range(times):  # a layout that was seen before is read another way
+    for _ in range(2):  # a layout that was seen before is read another way
         with pytest.raises(InvalidRequestError, match="ids are int32") as caught:
             decode_whole(EXECUTE_REQUEST, buffer.SerializeToString(), LIMIT)
         assert caught.value.field == "expert_ids.data_type"

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from expert_service.kernels.reference import ReferenceBackend
-from expert_service.shard import ExpertShard, Ids, RowWeights
+from expert_service.shard import ExpertShard, RowWeights
 from expertmesh.checkpoint import slot_digest
+from expertmesh.dispatch import Ids
 from expertmesh.errors import (
     ConfigError,
     InvalidRequestError,
