@@ -90,14 +90,15 @@ class _Gate:
     def route(self, hidden: torch.Tensor, sampled: npt.NDArray[np.int64]) -> _Pairs:
         """Expert ids and weights of rows, of which `sampled` are samples."""
         if self._kernel is not None and self._kernel.takes(hidden):
-            logits, ids, weights = self._kernel.arrays(hidden, self._bias)
+            found, ids, weights = self._kernel.arrays(hidden, self._bias)
+            logits = torch.from_numpy(found)
         else:
-            scored = gating.logits(hidden, self._weights, self._spec)
-            chosen = gating.select(scored, self._spec, self._bias)
-            logits = scored.numpy()
+            logits = gating.logits(hidden, self._weights, self._spec)
+            chosen = gating.select(logits, self._spec, self._bias)
             ids, weights = chosen.expert_ids.numpy(), chosen.weights.numpy()
         if len(sampled):
-            scores = gating.scores(torch.from_numpy(logits[sampled]), self._spec)
+            # Logits stay a tensor: they may be bfloat16, which numpy does not have.
+            scores = gating.scores(logits[torch.from_numpy(sampled)], self._spec)
             self._samples.append(Sample(scores, torch.from_numpy(ids[sampled])))
         return ids, weights
 
