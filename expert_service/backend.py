@@ -71,7 +71,8 @@ class Backend(Protocol):
 
         `hidden_RH` is float32, float16 or bfloat16 on the CPU; `expert_ids_RK` int32, -1 where
         nothing is asked; `weights_RK` float32. Sums are accumulated in float32 and returned as
-        [R, H] in `hidden_RH`'s dtype, on the CPU. R may be 0. A row whose ids are all -1 gives
-        zeros. Every id other than -1 is held, and none is twice in a row: the caller has checked.
+        [R, H] in `dispatch.partial_dtype` of `hidden_RH`'s dtype, on the CPU. R may be 0. A row
+        whose ids are all -1 gives zeros. Every id other than -1 is held, and none is twice in a
+        row: the caller has checked.
         """
         ...

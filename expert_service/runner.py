@@ -341,4 +341,5 @@ def _response(job: _Request) -> ExecuteResponse:
 
 def _joined(job: _Request) -> torch.Tensor:
     room, hidden = job.request.room, job.request.hidden_states
-    return torch.cat(job.outputs, out=None if room is None else room.like(hidden))
+    fits = room is not None and hidden.dtype == job.outputs[0].dtype
+    return torch.cat(job.outputs, out=room.like(hidden) if room is not None and fits else None)

@@ -36,6 +36,20 @@ _NOBODY, _LONELY = -1, -2  # in place of a server: no expert, and one that nobod
 _COMBINE_ROWS = 128
 
 
+#: What the partial sums of rows in these types are, where not of the rows' own type.
+_PARTIAL_DTYPES = {torch.float16: torch.float32}
+
+
+def partial_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which servers return partial sums of rows of `dtype`.
+
+    float32 for float16: parts beyond 65504, float16's largest, may add up to a sum within it.
+    bfloat16 has float32's range and stays: that each part is rounded moves an element by at most
+    2^-8 of the parts' magnitudes, as much as the rounding of experts' outputs to bfloat16 does.
+    """
+    return _PARTIAL_DTYPES.get(dtype, dtype)
+
+
 class Holders:
     """Who can be asked for each expert of one layer: made once, used until a server changes."""
 

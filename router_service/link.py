@@ -11,6 +11,7 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
+from expertmesh import dispatch
 from expertmesh.codec import messages, narrow
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
@@ -98,9 +99,14 @@ class ServerLink:
         if self._wire_dtype is None:
             return self._stream.begin(request, deadline)
         stream, who = self._stream, f"expert server {self.announced.server_id}"
-        return asyncio.ensure_future(
-            ask_narrow(request, self._wire_dtype, who, lambda: stream.begin(request, deadline))
+        asked = ask_narrow(
+            request,
+            self._wire_dtype,
+            who,
+            lambda: stream.begin(request, deadline),
+            dispatch.partial_dtype,
         )
+        return asyncio.ensure_future(asked)
 
     def learn(self, rows: int, took_s: float) -> None:
         """Notes an answer, and how long the server took for it."""

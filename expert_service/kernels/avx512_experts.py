@@ -34,6 +34,7 @@ from expert_service.kernels.grouping import Block, BlockSizes, group_by_expert
 from expert_service.kernels.huge_pages import use_huge_pages
 from expert_service.kernels.onednn_formats import ZERO, round_matrix
 from expert_service.kernels.sharing import cost_of, cut, share
+from expertmesh.dispatch import partial_dtype
 from expertmesh.kernels.compiling import BLOCK, Matrix, pack_blocks
 from expertmesh.model import ExpertWeights, ModelSpec
 
@@ -148,9 +149,9 @@ class Avx512Experts:
         R, H = hidden_RH.shape
         is_row = R == 1 and expert_ids_RK.shape[1] <= _ROW_PAIRS
         batch = (self._row.group if is_row else _sort)(expert_ids_RK, weights_RK)
-        # A sum is rounded once: to the caller's dtype, so float32 where outputs have another.
+        # A sum is rounded at most once: outputs are bfloat16 where sums are, else float32.
         dtype = hidden_RH.dtype
-        y_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        y_dtype = partial_dtype(dtype)
         y_SH = self._y[y_dtype].take(batch.places, H)
         x_dtype = y_dtype if self._in_bytes else torch.bfloat16
         x_RH = hidden_RH if dtype == x_dtype else hidden_RH.to(x_dtype)
@@ -161,7 +162,7 @@ class Avx512Experts:
         out_RH = torch.empty(R, H, dtype=y_dtype)
         out = Matrix(out_RH.data_ptr(), H)
         self._by_rows(R, partial(self._kernels.sum, y_dtype, y_SH, batch.pairs, out, H // BLOCK))
-        return out_RH if y_dtype == dtype else out_RH.to(dtype)
+        return out_RH
 
     def _encode(self, x_RH: torch.Tensor) -> Rows:
         """The batch's rows as they are multiplied."""

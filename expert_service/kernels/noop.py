@@ -13,6 +13,7 @@ import torch
 
 from expert_service.kernels.avx512 import KERNEL_DTYPES, Kernels, Pairs, compile_kernels
 from expert_service.kernels.grouping import sum_by_row
+from expertmesh.dispatch import partial_dtype
 from expertmesh.kernels.compiling import BLOCK, Matrix, has_compiler
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
@@ -69,6 +70,7 @@ class NoopBackend:
         if self._kernels is not None and _fits(hidden_RH):
             return self._multiply(self._kernels, hidden_RH, total_R1)
         factors_R1 = torch.from_numpy(total_R1)
+        hidden_RH = hidden_RH.to(partial_dtype(hidden_RH.dtype))
         if rows >= _MANY_ROWS:
             offsets_R1 = torch.arange(rows + 1)
             return sum_by_row(hidden_RH, factors_R1[:, 0], offsets_R1[:-1], offsets_R1)

@@ -28,6 +28,7 @@ from expert_service.kernels.grouping import (
 )
 from expert_service.kernels.onednn_cpu import fall_back, has_tiles
 from expert_service.kernels.onednn_formats import Rows, Work, create_format
+from expertmesh.dispatch import partial_dtype
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, ModelSpec, Slot
 
 #: Numbers of rows that matrix products run on; others are padded to the next one.
@@ -180,12 +181,12 @@ class OneDnnBackend:
         dtype = self._format.output_dtype(hidden_RH.dtype)
         y_SH, scale_S = self._compute_places(experts, rows, grouping, dtype)
         if scale_S is None and grouping.is_identity(len(hidden_RH)):
-            return y_SH[: len(hidden_RH)].to(hidden_RH.dtype, copy=True)
+            return y_SH[: len(hidden_RH)].to(partial_dtype(hidden_RH.dtype), copy=True)
         weights_P = grouping.weights
         if scale_S is not None:
             weights_P = weights_P * scale_S[grouping.places]
         out_RH = sum_by_row(y_SH, weights_P, grouping.places, grouping.offsets)
-        return out_RH.to(hidden_RH.dtype)
+        return out_RH.to(partial_dtype(hidden_RH.dtype))
 
     def _compute_places(
         self, experts: dict[int, Any], rows: Rows, grouping: Grouping, dtype: torch.dtype

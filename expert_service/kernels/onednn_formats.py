@@ -17,6 +17,7 @@ import torch
 
 from expert_service.kernels.huge_pages import use_huge_pages
 from expert_service.kernels.onednn_cpu import can_int8, compute_dtype, has_packed_ops
+from expertmesh.dispatch import partial_dtype
 from expertmesh.model import ExpertWeights
 
 Pause = Callable[[], None]
@@ -98,8 +99,8 @@ class _FloatFormat(ABC):
         return []
 
     def output_dtype(self, caller: torch.dtype) -> torch.dtype:
-        """A sum is rounded once: to the caller's dtype, so float32 where outputs have another."""
-        return self.dtype if caller == self.dtype else torch.float32
+        """A sum is rounded once: float32, unless sums are returned in this format's dtype."""
+        return self.dtype if partial_dtype(caller) == self.dtype else torch.float32
 
     def encode(self, x_RH: torch.Tensor) -> Rows:
         return Rows(x_RH.to(self.dtype), None)
@@ -192,7 +193,7 @@ class Int8Format:
         return len(packed.gate.scale)
 
     def output_dtype(self, caller: torch.dtype) -> torch.dtype:
-        """Not float16: outputs are not scaled yet, and may be beyond its range."""
+        """Outputs are not scaled yet: float32, or the range of it."""
         return torch.bfloat16 if caller == torch.bfloat16 else torch.float32
 
     def encode(self, x_RH: torch.Tensor) -> Rows:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from expertmesh.dispatch import partial_dtype
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot
 
 
@@ -68,4 +69,4 @@ class ReferenceBackend:
                 if expert >= 0:
                     y_1H = swiglu(hidden_RH[row : row + 1], self._experts[Slot(layer, expert)])
                     out_RH[row] += weight * y_1H[0]
-        return out_RH.to(hidden_RH.dtype)
+        return out_RH.to(partial_dtype(hidden_RH.dtype))

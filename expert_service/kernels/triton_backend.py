@@ -33,6 +33,7 @@ from expert_service.kernels.triton_backend_stack import Stack
 from expert_service.kernels.triton_backend_tiles import TileChoice
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_tiles import Tiles
+from expertmesh.dispatch import partial_dtype
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSpec, Slot
 
@@ -134,14 +135,14 @@ class TritonBackend:
         held = self._layers.get(layer)
         rows, k = expert_ids_RK.shape
         if held is None or not held.stacks or not rows or not k:
-            return torch.zeros_like(hidden_RH)
+            return torch.zeros(hidden_RH.shape, dtype=partial_dtype(hidden_RH.dtype))
         inputs = (hidden_RH, expert_ids_RK, weights_RK)
         bucket = bucket_rows(rows)
         if bucket in held.graphs and k <= held.k:
             out_RH = self._pipeline.replay(held.graphs[bucket], bucket, held.k, inputs)
         else:
             out_RH = self._pieces(held, padded_pairs(k, held.k), inputs)
-        return out_RH.to(hidden_RH.dtype)
+        return out_RH.to(partial_dtype(hidden_RH.dtype))
 
     def _pieces(self, layer: _Layer, k: int, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return self._pipeline.run(
@@ -160,7 +161,7 @@ class TritonBackend:
                 stack.local_slots_E,
                 tiles=self._choose_tiles(layer, stack, rows),
                 w8a8=self._is_w8a8(stack),
-                out_dtype=torch.float32 if len(layer.stacks) > 1 else None,
+                out_dtype=torch.float32 if len(layer.stacks) > 1 else partial_dtype(self._dtype),
             )
             for stack in layer.stacks.values()
         ]
@@ -299,7 +300,7 @@ class TritonBackend:
             chunk_rows(experts, self._usual_k),
             self._usual_k,
             self._spec.hidden_size,
-            self._dtype.itemsize,
+            partial_dtype(self._dtype).itemsize,
         )
 
     def _format(self, slot: Slot, fp8: bool) -> Format:

@@ -1,7 +1,8 @@
 """Moves batches through a device: copied in, computed and copied out, each on a lane of its own.
 
 R rows, K pairs asked per row, H hidden size. Everything on the device is in the dtype that the
-experts compute in; the host converts while it fills the pinned memory.
+experts compute in, but answers of float16 experts, which are float32 (`dispatch.partial_dtype`);
+the host converts while it fills the pinned memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from expert_service.kernels.triton_backend_batch import Batch, batch_bytes, batch_views, fill
 from expert_service.kernels.triton_backend_buckets import BUCKETS, split_rows
 from expert_service.kernels.triton_backend_device import Device, Lane, Mark, Run
+from expertmesh.dispatch import partial_dtype
 
 #: Starts the kernels for a batch, whose sum goes to the second argument, [R, H].
 Kernels = Callable[[Batch, torch.Tensor], None]
@@ -26,6 +28,7 @@ class Pipeline:
         self._device = device
         self._hidden_size = hidden_size
         self._dtype = dtype
+        self._out_dtype = partial_dtype(dtype)
         self._usual_k = usual_k
         self._pieces = [_Buffers(device), _Buffers(device)]  # one is copied, one computed
         self._bucket = _Buffers(device)
@@ -108,10 +111,11 @@ class Pipeline:
         return self._rows(self._device.host_bytes(self._row_bytes(rows)), rows)
 
     def _row_bytes(self, rows: int) -> int:
-        return rows * self._hidden_size * self._dtype.itemsize
+        return rows * self._hidden_size * self._out_dtype.itemsize
 
     def _rows(self, buffer: torch.Tensor, rows: int) -> torch.Tensor:
-        return buffer[: self._row_bytes(rows)].view(self._dtype).view(rows, self._hidden_size)
+        values = buffer[: self._row_bytes(rows)].view(self._out_dtype)
+        return values.view(rows, self._hidden_size)
 
     def _views(self, buffer: torch.Tensor, rows: int, k: int) -> Batch:
         return batch_views(buffer, rows, k, self._hidden_size, self._dtype)

@@ -15,6 +15,7 @@ from expert_service.kernels.triton_quantize import Rows, quantize
 from expert_service.kernels.triton_reduce import reduce
 from expert_service.kernels.triton_route import route, route_later
 from expert_service.kernels.triton_tiles import Tiles, rule_tiles, rule_tiles_for
+from expertmesh.dispatch import partial_dtype
 
 
 def grouped_swiglu_experts(
@@ -47,5 +48,6 @@ def grouped_swiglu_experts(
     routed = sort(expert_ids_RK, len(matrices.gate_LIH), tiles.gate_up.block_m, local_slots_E)
     x = quantize(hidden_RH) if w8a8 else Rows(hidden_RH)
     h = gate_up(x, matrices, routed, tiles.gate_up)
-    y_AH = down(h, matrices, weights_RK, routed, tiles.down, hidden_RH.dtype)
-    return reduce(y_AH, routed.positions, out_dtype)
+    dtype = partial_dtype(hidden_RH.dtype)  # weighted outputs, too, may be beyond float16
+    y_AH = down(h, matrices, weights_RK, routed, tiles.down, dtype)
+    return reduce(y_AH, routed.positions, out_dtype or hidden_RH.dtype)

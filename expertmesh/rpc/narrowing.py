@@ -25,12 +25,17 @@ async def off_loop(size: int, function: Callable[..., _T], *arguments: Any) -> _
 
 
 async def ask_narrow(
-    request: Any, dtype: torch.dtype, who: str, ask: Callable[[], Awaitable[Any]]
+    request: Any,
+    dtype: torch.dtype,
+    who: str,
+    ask: Callable[[], Awaitable[Any]],
+    answer_dtype: Callable[[torch.dtype], torch.dtype] = lambda asked: asked,
 ) -> Any:
     """The answer to `request`, both of them narrowed to `dtype` on their way.
 
-    The answer's hidden states come out in the type that the request's had. `ask` sends the request;
-    `who` answers it. Raises what `ask` raises, and InternalError for an answer that cannot be.
+    The answer's hidden states come out in the type that the request's had, or in what
+    `answer_dtype` makes of it. `ask` sends the request; `who` answers it. Raises what `ask` raises,
+    and InternalError for an answer that cannot be.
     """
     hidden = request.hidden_states
     size = hidden.numel()
@@ -43,7 +48,8 @@ async def ask_narrow(
         narrow.check(answer, scale)
     except InvalidRequestError as error:
         raise InternalError(f"{who} gave an answer that cannot be: {error.message}") from None
-    response.hidden_states = await off_loop(size, narrow.widened, answer, scale, hidden.dtype)
+    wide = answer_dtype(hidden.dtype)
+    response.hidden_states = await off_loop(size, narrow.widened, answer, scale, wide)
     return response
 
 

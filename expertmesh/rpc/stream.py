@@ -206,8 +206,8 @@ class FrameStream:
         frame_id = self._last_id
         messages = self._encode(request, frame_id, deadline.timeout_us, traceparent)
         future: asyncio.Future[Any] = self._loop.create_future()
-        # Answers are as large as what was asked for.
-        self._waiters[frame_id] = _Waiter(future, request.hidden_states.nbytes)
+        # An answer has the elements of what was asked for, float32 at the widest.
+        self._waiters[frame_id] = _Waiter(future, 4 * request.hidden_states.numel())
         self._credit.put(frame_id, request.hidden_states.nbytes, messages)
         future.add_done_callback(lambda _: self._give_up(frame_id))
         return future

@@ -11,6 +11,7 @@ from expert_service.kernels import create_backend
 from expert_service.kernels.grouping import BlockSizes, group_by_expert
 from expert_service.kernels.onednn import OneDnnBackend, block_rows
 from expert_service.kernels.reference import ReferenceBackend
+from expertmesh.dispatch import partial_dtype
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close
@@ -100,7 +101,7 @@ def test_any_size_of_expert_works(hidden: int, width: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("caller", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_the_result_has_the_callers_dtype(
+def test_the_result_has_the_dtype_of_the_callers_partial_sums(
     rows: int, dtype: torch.dtype, caller: torch.dtype
 ) -> None:
     onednn, reference = _pair(dtype)
@@ -108,8 +109,23 @@ def test_the_result_has_the_callers_dtype(
 
     out = onednn.compute(*call)
 
-    assert out.dtype == caller
+    assert out.dtype == partial_dtype(caller)
     assert_close(out, reference.compute(*call), max(dtype, caller, key=_coarseness))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_sum_that_float16_does_not_have_reaches_a_caller_of_float16_rows(
+    rows: int, dtype: torch.dtype
+) -> None:
+    onednn, reference = _pair(dtype)
+    ids, _ = _routing(rows, 1)
+    call = (LAYER, _hidden(rows, 48, torch.float16), ids, torch.full((rows, 1), 1e7))
+
+    out = onednn.compute(*call)
+
+    assert out.abs().max() > torch.finfo(torch.float16).max
+    assert_close(out, reference.compute(*call), max(dtype, torch.float16, key=_coarseness))
 
 
 def _coarseness(dtype: torch.dtype) -> float:

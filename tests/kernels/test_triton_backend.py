@@ -31,6 +31,7 @@ from expert_service.kernels.triton_backend_buckets import (
 from expert_service.kernels.triton_backend_device import InterpreterDevice
 from expert_service.kernels.triton_backend_tiles import TileChoice
 from expert_service.kernels.triton_tiles import Tiles, rule_tiles_for
+from expertmesh.dispatch import partial_dtype
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close
@@ -193,17 +194,30 @@ def test_a_batch_without_pairs_gives_zeros(
 
     out = backend.compute(LAYER, _hidden(rows, torch.float16), ids, weights)
 
-    assert torch.equal(out, torch.zeros(rows, HIDDEN, dtype=torch.float16))
+    assert torch.equal(out, torch.zeros(rows, HIDDEN, dtype=partial_dtype(torch.float16)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_answer_has_the_dtype_of_the_question(
+def test_the_answer_has_the_dtype_of_the_questions_partial_sums(
     dtype: torch.dtype, float32_pair: tuple[TritonBackend, ReferenceBackend]
 ) -> None:
     backend, reference = float32_pair
     call = (LAYER, _hidden(5, dtype), *_routing(5, 3))
 
     assert_close(backend.compute(*call), reference.compute(*call), dtype)
+
+
+@pytest.mark.parametrize("rows", [5, BUCKETS[-1] + 1])
+def test_a_sum_of_float16_experts_that_float16_does_not_have_is_returned(rows: int) -> None:
+    backend, reference = _loaded(torch.float16)
+    ids, _ = _routing(rows, 3)
+    call = (LAYER, _hidden(rows, torch.float16), ids, torch.full((rows, 3), 3e5))
+
+    out = backend.compute(*call)
+
+    assert out.dtype == torch.float32
+    assert out.abs().max() > torch.finfo(torch.float16).max
+    assert_close(out, reference.compute(*call), torch.float16)
 
 
 def test_an_answer_is_not_changed_by_the_next_request(
