@@ -54,6 +54,7 @@ PURE = (
     "expertmesh/model.py",
     "expertmesh/placement.py",
     "expertmesh/codec/references.py",
+    "expertmesh/rpc/address.py",
     "expertmesh/rpc/blocks.py",
     "expertmesh/telemetry/metric.py",
     "expertmesh/training/losses.py",
