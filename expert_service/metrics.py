@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from expert_service.runner import DeviceRunner
 from expert_service.shard import ExpertShard
 from expertmesh.model import SERVER_STATES
 from expertmesh.rpc.admission import Admission
-from expertmesh.telemetry.metric import Metric, Reading, one_of
+from expertmesh.telemetry.metric import Metric, Reading, by_label, one_of
 from expertmesh.v1 import router_pb2
 
 INFO = Metric(
@@ -52,6 +52,12 @@ LOADED_BYTES = Metric(
 PLANNED_BYTES = Metric(
     "expertmesh_expert_planned_bytes", "gauge", "Bytes of the weights that it is to load in all"
 )
+LOOP_FAILURES = Metric(
+    "expertmesh_expert_loop_failures_total",
+    "counter",
+    "Times that a loop of the expert server was ended by an error and started again",
+    ("loop",),
+)
 
 
 def read(
@@ -59,8 +65,10 @@ def read(
     shard: ExpertShard,
     runner: DeviceRunner,
     admission: Admission,
+    loop_failures: Mapping[str, int],
 ) -> Iterator[Reading]:
     """Every number, now."""
+    yield from by_label(LOOP_FAILURES, loop_failures)
     yield INFO.of(1, status.server_id, status.backend)
     yield from one_of(STATE, SERVER_STATES, status.state)
     for outcome, count in admission.outcomes.items():

@@ -76,6 +76,8 @@ class DeviceRunner:
         self._spent_ns = time.thread_time_ns if threads == 1 else time.perf_counter_ns
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        #: Raises what ended the device thread, when that was not `close`.
+        self.died: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, name="device", daemon=True).start()
 
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
@@ -177,10 +179,14 @@ class DeviceRunner:
     # What follows runs on the device thread.
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)
-        with torch.inference_mode():
-            while self._take_arrivals():
-                self._take_turn()
+        try:
+            torch.set_num_threads(self._threads)
+            with torch.inference_mode():
+                while self._take_arrivals():
+                    self._take_turn()
+        except Exception as error:  # requests' own are told to who asked: this is a bug of ours
+            self._closed = True
+            self._settle(self.died, error)
 
     def _take_turn(self) -> None:
         """Computes what comes next, and keeps nothing of it: a caller may wait for its memory."""

@@ -86,6 +86,7 @@ class ExpertServer:
         slots, backends, dtypes or weights that cannot be.
         """
         config, rpc = config or ExpertConfig(), rpc or RpcConfig()
+        self._tasks = TaskSet()
         self._checkpoint = checkpoint
         self._placing = placing
         self._dtype = parse_dtype(dtype, checkpoint)
@@ -107,7 +108,9 @@ class ExpertServer:
         self._runner = DeviceRunner(self.shard, threads, config)
         admission, data_port = Admission(rpc), DataPort.of(rpc)
         self._metrics = MetricsServer(
-            lambda: metrics.read(self.status(), self.shard, self._runner, admission),
+            lambda: metrics.read(
+                self.status(), self.shard, self._runner, admission, self._tasks.failures
+            ),
             rpc.host,
             metrics_port,
         )
@@ -122,7 +125,6 @@ class ExpertServer:
             free_host_bytes if self._backend.name.endswith("/cpu") else lambda: None,
             config.load_share,
         )
-        self._tasks = TaskSet()
         self._announcer: Announcer | None = None
         if placing.controller:
             self._announcer = Announcer(
@@ -159,12 +161,20 @@ class ExpertServer:
         """Listens and begins to load; returns before the weights are there."""
         await self._server.start()
         if self._announcer is not None:
-            self._tasks.spawn(self._announce(self._announcer), "announce")
+            self._tasks.keep(self._announce, "announce")
         self._tasks.spawn(self._load(), "load")
+        self._tasks.spawn(self._fail_with_device(), "device thread")
 
-    async def _announce(self, announcer: Announcer) -> None:
-        refusal = await announcer.run()
-        self._fail(refusal)
+    async def _announce(self) -> None:
+        assert self._announcer is not None
+        self._fail(await self._announcer.run())
+
+    async def _fail_with_device(self) -> None:
+        """Without its device thread a server answers nothing more: its process ends for it."""
+        try:
+            await self._runner.died
+        except Exception as error:
+            self._fail(internal(error))
 
     async def _load(self) -> None:
         try:
@@ -272,7 +282,7 @@ class ExpertServer:
             pid=os.getpid(),
             node=self._placing.node or socket.gethostname(),
             backend=self._backend.name,
-            error=self.error,
+            error=self.error or self._tasks.problem,
         )
 
     def describe(self) -> expert_pb2.DescribeShardResponse:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,21 @@ from load_controller.store import Store
 
 #: What a source reports, as the store names it.
 ROUTER, EXECUTIONS = "router", "executions"
+
+
+@dataclass(frozen=True)
+class News:
+    """A report that brings something new: saved first, added when that is certain."""
+
+    kind: str
+    report: Report
+    rows: Mapping[int, Counts]  # what each layer's numbers grow by
+    top_k: Mapping[int, int]
+
+    @property
+    def assignments(self) -> dict[int, Counts]:
+        """What the report adds to the assignments of the routers' gate, by layer: [E]."""
+        return {layer: row[: _experts(row)] for layer, row in self.rows.items()}
 
 
 class Accounts:
@@ -40,17 +56,14 @@ class Accounts:
         self.reports_taken = dict.fromkeys(self._ledgers, 0)
         self.reports_dropped = dict.fromkeys(self._ledgers, 0)
 
-    def take_assignments(self, request: pb.ReportAssignmentsRequest) -> dict[int, Counts] | None:
-        """What a router's report adds to the assignments by layer; None for an old or repeated one.
+    def read_assignments(self, request: pb.ReportAssignmentsRequest) -> News | None:
+        """What a router's report brings; None for an old or repeated one.
 
-        Raises InvalidRequestError for totals that cannot be; then nothing was taken.
+        Raises InvalidRequestError for totals that cannot be.
         """
         totals = {entry.layer: _router_row(entry) for entry in request.layers}
-        news = self._take(ROUTER, request, totals)
-        if news is None:
-            return None
-        self.top_k |= {entry.layer: entry.top_k for entry in request.layers}
-        return {layer: row[: _experts(row)] for layer, row in news.items()}
+        top_k = {entry.layer: entry.top_k for entry in request.layers}
+        return self._read(ROUTER, _report(request, totals), top_k)
 
     def take_shares(self, request: pb.ReportAssignmentsRequest) -> dict[int, Share]:
         """What a report that is not an old one adds to the sampled picks, by layer."""
@@ -62,24 +75,30 @@ class Accounts:
         return {layer: Share(*new.tolist()) for layer, new in news.items()}
 
     def take_executions(self, request: pb.ReportExecutionsRequest) -> None:
-        """Takes a server's totals. Raises InvalidRequestError."""
+        """Takes a server's totals. Raises InvalidRequestError, and UnavailableError where they
+        cannot be stored; then nothing was taken."""
         totals = {entry.layer: _array(entry.counts) for entry in request.layers}
-        self._take(EXECUTIONS, request, totals)
+        news = self._read(EXECUTIONS, _report(request, totals), {})
+        if news is not None:
+            self.save(news)
+            self.add(news)
 
-    def _take(
-        self,
-        kind: str,
-        request: pb.ReportAssignmentsRequest | pb.ReportExecutionsRequest,
-        totals: dict[int, Counts],
-    ) -> dict[int, Counts] | None:
-        report = _report(request, totals)
-        news = self._ledgers[kind].take(report)
-        if news is None:
+    def _read(self, kind: str, report: Report, top_k: Mapping[int, int]) -> News | None:
+        rows = self._ledgers[kind].news(report)
+        if rows is None:
             self.reports_dropped[kind] += 1
-        else:
-            self.reports_taken[kind] += 1
-            self._store.save_report(kind, report)
-        return news
+            return None
+        return News(kind, report, rows, top_k)
+
+    def save(self, news: News) -> None:
+        """Stores a report. Raises UnavailableError."""
+        self._store.save_report(news.kind, news.report)
+
+    def add(self, news: News) -> None:
+        """Counts a report that has been stored."""
+        self._ledgers[news.kind].add(news.report, news.rows)
+        self.reports_taken[news.kind] += 1
+        self.top_k |= news.top_k
 
     def assignments(self) -> dict[int, Counts]:
         """Every layer's assignments so far, by either gate: [E]."""

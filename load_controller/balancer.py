@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -49,6 +49,21 @@ class LayerState:
     halvings: int = 0
     withdrawals: int = 0
 
+    def copy(self) -> LayerState:
+        """The same, which later counts do not change; samples are shared: they stay true."""
+        window = self.window
+        return replace(self, window=None if window is None else window.copy())
+
+
+@dataclass(frozen=True)
+class Before:
+    """How a balancer was, for a decision that comes to nothing."""
+
+    mode: str
+    closed_windows: int
+    closed_at: float | None
+    layers: dict[int, LayerState]
+
 
 @dataclass
 class Balancer:
@@ -60,6 +75,16 @@ class Balancer:
     closed_windows: int = 0
     closed_at: float | None = None
     layers: dict[int, LayerState] = field(default_factory=dict)
+
+    def now(self) -> Before:
+        """How it is, to be given to `take_back`."""
+        layers = {layer: state.copy() for layer, state in self.layers.items()}
+        return Before(self.mode, self.closed_windows, self.closed_at, layers)
+
+    def take_back(self, before: Before) -> None:
+        """What was counted and decided since could not be stored: it is as it was."""
+        self.mode, self.layers = before.mode, before.layers
+        self.closed_windows, self.closed_at = before.closed_windows, before.closed_at
 
     # What comes in.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import get_args
 
@@ -21,6 +22,7 @@ from expertmesh.v1 import control_pb2 as pb
 from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
+from load_controller.holdings import Holdings
 from load_controller.migration import Copy, Step, check_rates
 from load_controller.rates import relative_rates
 from load_controller.rebalancer import Holder
@@ -42,6 +44,7 @@ class _Router:
     bias_version: int = 0
     leaving: bool = False  # it has said so: nobody need miss it
     epoch: int = 0  # until it has reported, servers must keep every placement
+    watches: int = 1  # of this incarnation: one that broke off may end long after the next began
 
 
 class LoadController:
@@ -78,6 +81,7 @@ class LoadController:
         self.balancer = Balancer(balance, balance.mode)
         self._published = pb.BiasUpdate()
         self._broken = False
+        self._directory_due = False
         self.beats = 0
         self._beat = pb.BalanceBeat(window_age_s=-1.0)
         self._restore()
@@ -108,8 +112,8 @@ class LoadController:
         if not digest:
             raise MismatchError(f"{who} names no checkpoint digest")
         if self._digest is None:
-            self._digest = digest
             self._store.set_meta("digest", digest)
+            self._digest = digest
         if digest != self._digest:
             raise MismatchError(
                 f"{who} serves checkpoint {digest[:12]}, this cluster {self._digest[:12]}: start "
@@ -137,8 +141,10 @@ class LoadController:
         request.ClearField("load")  # no news for routers, and none for the file
         if before is None or before.SerializeToString() != request.SerializeToString():
             self._accept(request, before)
-        if self._holdings.heard(request):
-            self._store.save_holdings(self._holdings, self.epoch)
+        if gone := self._holdings.gone(request):
+            holdings = self._holdings.copy()
+            holdings.leaving -= gone
+            self._take_over(holdings, self.epoch)
         assigned = self._holdings.to_load(request) if server.state == "loading" else ()
         return pb.AnnounceServerResponse(
             oldest_epoch=self.oldest_epoch(), layers=layer_slots(assigned)
@@ -151,14 +157,11 @@ class LoadController:
         server_id = request.server.server_id
         measured = self._relative_rates({**self._servers, server_id: request})
         moved |= measured != self._measured
-        self.directory_version += 1
-        self.epoch += moved
+        versions = (self.directory_version + 1, self.epoch + moved)
         self._store.save_server(
-            server_id,
-            request.started_at_ns,
-            request.SerializeToString(),
-            (self.directory_version, self.epoch),
+            server_id, request.started_at_ns, request.SerializeToString(), versions
         )
+        self.directory_version, self.epoch = versions
         self._servers[server_id] = request
         self._measured = measured
         if before is None or before.server.state != request.server.state:
@@ -194,12 +197,14 @@ class LoadController:
         self._accept(changed, before)
 
     def _forget(self, server_id: str) -> None:
-        self._holdings.forget(server_id)
+        holdings = self._holdings.copy()
+        holdings.forget(server_id)
+        with self._store.transaction():
+            self._store.forget_server(server_id, self.directory_version + 1)
+            self._store.save_holdings(holdings, self.epoch + 1)
+        self._holdings = holdings
         self.directory_version += 1
         self.epoch += 1
-        with self._store.transaction():
-            self._store.forget_server(server_id, self.directory_version)
-            self._store.save_holdings(self._holdings, self.epoch)
         del self._servers[server_id], self._heard_at[server_id]
         self._measured = self._relative_rates(self._servers)
         self._device_loads.pop(server_id, None)
@@ -209,15 +214,23 @@ class LoadController:
     def add_router(self, request: pb.WatchClusterRequest) -> None:
         """A router watches from now on. Raises InvalidRequestError for a gate that cannot be."""
         gates = messages.gates_of(request)
-        self._routers[request.router_id] = _Router(request.incarnation, request.endpoint)
+        known = self._routers.get(request.router_id)
+        if known is not None and known.incarnation == request.incarnation:
+            known.watches += 1
+        else:
+            self._routers[request.router_id] = _Router(request.incarnation, request.endpoint)
         self._away.pop(request.router_id, None)
         self.balancer.gates |= gates
         self._directory_changed()
 
     def remove_router(self, router_id: str, incarnation: str, now: float) -> None:
-        """A router's watch has ended, unless a newer incarnation has taken its place."""
+        """A router's watch has ended: it has gone, unless another of its watches is open, or a
+        newer incarnation has taken its place."""
         router = self._routers.get(router_id)
         if router is not None and router.incarnation == incarnation:
+            router.watches -= 1
+            if router.watches:
+                return
             del self._routers[router_id]
             if not router.leaving:
                 self._away[router_id] = (router, now)
@@ -225,9 +238,21 @@ class LoadController:
             self._directory_changed()
 
     def _directory_changed(self) -> None:
-        self.directory_version += 1
-        self._store.set_meta("directory_version", str(self.directory_version))
-        self._on_change()
+        """The list of routers, or a rate, is another one: said at once, or when it can be stored.
+
+        A router that comes is served meanwhile; only that others hear of it has to wait.
+        """
+        self._directory_due = True
+        with suppress(UnavailableError):
+            self.renew_directory()
+
+    def renew_directory(self) -> None:
+        """Publishes a directory that is due. Raises UnavailableError."""
+        if self._directory_due:
+            self._store.set_meta("directory_version", str(self.directory_version + 1))
+            self.directory_version += 1
+            self._directory_due = False
+            self._on_change()
 
     def directory(self) -> pb.Directory:
         """Where everyone is."""
@@ -326,23 +351,29 @@ class LoadController:
 
     def expect(self, copies: Iterable[Copy]) -> None:
         """These copies will be loaded, and not be shown until the switch."""
-        self._holdings.arriving |= set(copies)
-        self._store.save_holdings(self._holdings, self.epoch)
+        holdings = self._holdings.copy()
+        holdings.arriving |= set(copies)
+        self._take_over(holdings, self.epoch)
 
     def give_up(self, copies: Iterable[Copy]) -> None:
-        """These copies shall go again; nobody was shown them."""
+        """These copies shall go again; nobody was shown them. The file says so already: it has
+        them as hidden, as it has those that leave."""
         self._holdings.give_up(copies)
-        self._store.save_holdings(self._holdings, self.epoch)
 
     def switch(self, step: Step) -> int:
         """Publishes what a step changes as one placement. Its epoch."""
-        self._holdings.switch(step)
+        holdings = self._holdings.copy()
+        holdings.switch(step)
         for server_id in {copy.server for copy in (*step.loads, *step.drops)}:
-            self._holdings.assign(self._servers[server_id])
-        self.epoch += 1
-        self._store.save_holdings(self._holdings, self.epoch)
+            holdings.assign(self._servers[server_id])
+        self._take_over(holdings, self.epoch + 1)
         self._on_change()
         return self.epoch
+
+    def _take_over(self, holdings: Holdings, epoch: int) -> None:
+        """Raises UnavailableError, and then changes nothing."""
+        self._store.save_holdings(holdings, epoch)
+        self._holdings, self.epoch = holdings, epoch
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Publishes relative speeds of servers. Raises what `check_rates` raises."""
@@ -369,7 +400,10 @@ class LoadController:
     # Counts.
 
     def take_assignments(self, request: pb.ReportAssignmentsRequest, now: float) -> None:
-        """Takes a router's totals and samples. Raises InvalidRequestError for impossible ones."""
+        """Takes a router's totals and samples. Raises InvalidRequestError for impossible ones, and
+        UnavailableError where they cannot be stored: then nothing was taken, and the router's next
+        totals say it all again.
+        """
         router = self._routers.get(request.source)
         if router is not None and router.incarnation == request.incarnation:
             router.bias_version, router.epoch = request.bias_version, request.epoch
@@ -378,20 +412,38 @@ class LoadController:
             self._away.pop(request.source, None)
         scores = messages.scores_of(request, self.balancer.gates)
         shares = self.accounts.take_shares(request)
-        with self._store.transaction():  # routers hear of it in the loop's next turn, after this
-            news = self.accounts.take_assignments(request)
-            if news is None:
-                return
+        news = self.accounts.read_assignments(request)
+        if news is None:
+            return
 
-            def balance() -> bool:
-                cut = self.balancer.sample_all(request.source, scores, shares, now)
-                self.balancer.count(news, self.accounts.top_k, now)
-                return self.balancer.close_due(now) or cut
+        def balance() -> bool:
+            cut = self.balancer.sample_all(request.source, scores, shares, now)
+            self.balancer.count(news.assignments, news.top_k, now)
+            return self.balancer.close_due(now) or cut
 
+        with self._stored():
+            self.accounts.save(news)
             self._publish_if(balance)
+        self.accounts.add(news)
+
+    @contextmanager
+    def _stored(self) -> Iterator[None]:
+        """What is decided within it is stored, all of it, or was never decided.
+
+        Routers are told in the loop's next turn, after this. Raises UnavailableError.
+        """
+        before, published = self.balancer.now(), (self.bias_version, self._published)
+        try:
+            with self._store.transaction():
+                yield
+        except BaseException:
+            self.balancer.take_back(before)
+            self.bias_version, self._published = published
+            raise
 
     def take_executions(self, request: pb.ReportExecutionsRequest) -> None:
-        """Takes a server's totals. Raises InvalidRequestError for impossible ones."""
+        """Takes a server's totals. Raises InvalidRequestError for impossible ones, and
+        UnavailableError."""
         self.accounts.take_executions(request)
 
     @property
@@ -437,8 +489,13 @@ class LoadController:
     # Biases.
 
     def close_windows(self, now: float) -> bool:
-        """Closes what is due, and publishes when a delta moved. Whether more is due."""
-        self._publish_if(lambda: self.balancer.close_due(now))
+        """Closes what is due, and publishes when a delta moved. Whether more is due.
+
+        Raises UnavailableError; the windows are open then, as before.
+        """
+        # Rules that fail are noticed when nothing is due, too; the file is left alone then.
+        with self._stored() if self.balancer.is_due(now) else nullcontext():
+            self._publish_if(lambda: self.balancer.close_due(now))
         return not self._broken and self.balancer.is_due(now)
 
     def _publish_if(self, moved: Callable[[], bool]) -> None:
@@ -458,8 +515,11 @@ class LoadController:
         if publish:
             self._publish_bias()
 
-    def beat(self, now: float) -> None:
-        """The loop is alive, and balancing with it: tells every router so."""
+    def beat(self, now: float, problem: str = "", stalled: bool = False) -> None:
+        """The loop is alive: tells every router so, and what does not work in this process.
+
+        `stalled` says that biases stand still for it. While the rules have failed there is no beat.
+        """
         if self._broken:
             return
         closed_at = self.balancer.closed_at
@@ -468,6 +528,8 @@ class LoadController:
             number=self.beats,
             closed_windows=self.balancer.closed_windows,
             window_age_s=-1.0 if closed_at is None else now - closed_at,
+            problem=problem,
+            stalled=stalled,
         )
         self._on_change()
 
@@ -482,9 +544,10 @@ class LoadController:
             raise InvalidRequestError(
                 f"balance mode is {mode!r}, expected frozen, adaptive or off", field="mode"
             )
-        self.balancer.set_mode(mode, reset)
+        with self._stored():
+            self.balancer.set_mode(mode, reset)
+            self._publish_bias()
         self._broken = False
-        self._publish_bias()
         _log.info("balance mode %s, bias version %d", mode, self.bias_version)
         return self.bias_version
 

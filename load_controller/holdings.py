@@ -33,6 +33,10 @@ class Holdings:
     leaving: set[Copy] = field(default_factory=set)
     assigned: dict[str, Assignment] = field(default_factory=dict)
 
+    def copy(self) -> Holdings:
+        """The same, to be changed, stored, and only then taken over."""
+        return Holdings(set(self.arriving), set(self.leaving), dict(self.assigned))
+
     @property
     def hidden(self) -> set[Copy]:
         """Copies that routers are not shown."""
@@ -61,12 +65,10 @@ class Holdings:
         self.leaving = {copy for copy in self.leaving if copy.server != server}
         self.assigned.pop(server, None)
 
-    def heard(self, announcement: pb.AnnounceServerRequest) -> bool:
-        """Forgets copies that have gone. Whether there were any."""
+    def gone(self, announcement: pb.AnnounceServerRequest) -> set[Copy]:
+        """Copies that were leaving and are not held any more."""
         server, held = announcement.server.server_id, set(slots_of(announcement.layers))
-        gone = {c for c in self.leaving if c.server == server and c.slot not in held}
-        self.leaving -= gone
-        return bool(gone)
+        return {c for c in self.leaving if c.server == server and c.slot not in held}
 
     def assign(self, announcement: pb.AnnounceServerRequest) -> None:
         """Notes what a server is shown to hold, for its next start."""

@@ -44,20 +44,33 @@ class Ledger:
 
     def take(self, report: Report) -> dict[int, Counts] | None:
         """Adds a report. Returns what is new by layer, or None for an old or repeated one."""
+        news = self.news(report)
+        if news is not None:
+            self.add(report, news)
+        return news
+
+    def news(self, report: Report) -> dict[int, Counts] | None:
+        """What a report would add by layer, None for an old or repeated one; changes nothing.
+
+        Raises InvalidRequestError for totals that cannot be.
+        """
         before = self._reports.get(report.key)
         if before is not None and report.sequence <= before.sequence:
             return None
         told = before.totals if before is not None else {}
-        news = {
+        return {
             layer: self._new(report.key, layer, total, told.get(layer))
             for layer, total in report.totals.items()
         }
-        # Only now, with every layer checked: a refused report changes nothing.
+
+    def add(self, report: Report, news: Mapping[int, Counts]) -> None:
+        """Adds a report, with what `news` has just said of it."""
+        before = self._reports.get(report.key)
+        told = before.totals if before is not None else {}
         self._reports[report.key] = replace(report, totals={**told, **report.totals})
         for layer in news:
             known = self._totals.get(layer)
             self._totals[layer] = news[layer].copy() if known is None else known + news[layer]
-        return news
 
     def _new(self, key: SourceKey, layer: int, total: Counts, told: Counts | None) -> Counts:
         """What a source's total adds to what it had told. Raises InvalidRequestError."""
@@ -90,6 +103,12 @@ class Window:
         self.counts = np.zeros(experts, np.int64)
         self.top_k = max(1, top_k)
         self.opened_at = opened_at
+
+    def copy(self) -> Window:
+        """The same, which later counts do not change."""
+        window = Window(0, self.top_k, self.opened_at)
+        window.counts = self.counts.copy()
+        return window
 
     @property
     def tokens(self) -> float:

@@ -115,6 +115,20 @@ STARTING = Metric(
 SUPERVISED = Metric(
     "expertmesh_controller_supervised", "gauge", "1 while a supervisor holds the lease"
 )
+LOOP_FAILURES = Metric(
+    "expertmesh_controller_loop_failures_total",
+    "counter",
+    "Times that a loop of the load controller was ended by an error and started again",
+    ("loop",),
+)
+STORE_FAILURES = Metric(
+    "expertmesh_controller_store_failures_total",
+    "counter",
+    "Times that the state file could not be written; each was tried again",
+)
+STORE_WRITABLE = Metric(
+    "expertmesh_controller_store_writable", "gauge", "1 while the state file can be written"
+)
 
 
 def read(

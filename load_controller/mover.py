@@ -89,13 +89,13 @@ class Mover:
         try:
             loaded = await self._load_all(step)
             check_digests(loaded, await self._digests(step))
+            epoch = controller.switch(step)
         except BaseException as error:
             controller.give_up(step.loads)
             if isinstance(error, MeshError):
                 _log.warning("layer %d stays as it was: %s", step.layer, error.message)
             await asyncio.shield(self._drop_all(step.loads))
             raise
-        epoch = controller.switch(step)
         if await self._is_used(epoch):
             await self._drop_all(step.drops)
         else:  # it may know only the old copies: they stay, and `clean` looks again

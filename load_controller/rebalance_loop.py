@@ -39,8 +39,8 @@ class RebalanceLoop:
 
     def enable(self, enabled: bool) -> None:
         """Lets it act from now on, or not; kept over restarts."""
-        self.enabled = enabled
         self._controller.set_rebalancing(enabled)
+        self.enabled = enabled
         _log.info("experts move by themselves: %s", "yes" if enabled else "no")
 
     async def run(self) -> None:

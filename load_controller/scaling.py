@@ -42,7 +42,8 @@ class Scaling:
     def take(self, owner: str, seconds: float, now: float) -> int:
         """Takes, keeps or (0 seconds) gives back the lease; its fencing number.
 
-        Raises LeaseLostError while another has it, InvalidRequestError.
+        Raises LeaseLostError while another has it, InvalidRequestError, and UnavailableError where
+        a new owner cannot be stored.
         """
         if not owner:
             raise InvalidRequestError("a lease needs an owner", field="owner")
@@ -59,10 +60,10 @@ class Scaling:
         if owner != self.owner:
             if seconds == 0:
                 return self.fence
-            self.owner, self.fence = owner, self.fence + 1
             with self._store.transaction():
                 self._store.set_meta("lease_owner", owner)
-                self._store.set_meta("lease_fence", str(self.fence))
+                self._store.set_meta("lease_fence", str(self.fence + 1))
+            self.owner, self.fence = owner, self.fence + 1
         self._until = now + seconds
         return self.fence
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from expertmesh.config import (
     ServerRates,
     check_server_rates,
 )
+from expertmesh.errors import UnavailableError
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
-from expertmesh.telemetry.metric import Reading
+from expertmesh.telemetry.metric import Reading, by_label
 from load_controller import metrics
 from load_controller.controller import LoadController
 from load_controller.mover import Mover
@@ -55,7 +57,7 @@ class ControllerServer:
         rows, and experts, by what servers have measured at their start. `metrics_port` 0 serves
         metrics on any free port, None serves none.
         """
-        self._store = Store(state_file)
+        self._store = Store(state_file)  # first: what cannot be opened is the first to be said
         rpc = rpc or RpcConfig()
         if rpc.port == 0:
             rpc = replace(rpc, port=int(self._store.meta("port") or 0))
@@ -89,29 +91,58 @@ class ControllerServer:
     def _readings(self) -> Iterator[Reading]:
         now = time.monotonic()
         pushes, age_s = self._servicer.pushes, now - self._ticked_at
-        return metrics.read(self.controller, self.rebalancing.report(now), pushes, now, age_s)
+        yield from metrics.read(self.controller, self.rebalancing.report(now), pushes, now, age_s)
+        yield metrics.STORE_FAILURES.of(self._store.file.failures)
+        yield metrics.STORE_WRITABLE.of(not self._store.file.problem)
+        yield from by_label(metrics.LOOP_FAILURES, self._tasks.failures)
 
     async def start(self) -> None:
         """Listens. Raises ConfigError when it cannot."""
         await self._server.start()
-        self._store.set_meta("port", str(self._server.port))
-        self._tasks.spawn(self._tick(), "controller tick")
-        self._tasks.spawn(self._mover.clean(), "drop leftovers")
-        self._tasks.spawn(self.rebalancing.run(), "rebalance")
+        if self._store.meta("port") != str(self._server.port):
+            self._store.set_meta("port", str(self._server.port))
+        self._tasks.keep(self._balance, "balance")
+        self._tasks.keep(self._look_after_servers, "look after servers")
+        self._tasks.keep(self._look_after_file, "look after the state file")
+        self._tasks.keep(self._mover.clean, "drop leftovers")
+        self._tasks.keep(self.rebalancing.run, "rebalance")
         await self._server.set_serving(True)
         _log.info("load controller at %s", self.address)
 
-    async def _tick(self) -> None:
+    async def _balance(self) -> None:
+        """Closes windows, and says once a second that it does.
+
+        What cannot be stored now is done later, and said meanwhile.
+        """
         beat_at, pause_s = 0.0, _TICK_S
         while True:
             await asyncio.sleep(pause_s)
-            now = time.monotonic()
-            pause_s = _TURN_S if self.controller.close_windows(now) else _TICK_S
-            self.controller.mark_lost(now)
+            now, pause_s = time.monotonic(), _TICK_S
+            with suppress(UnavailableError):
+                pause_s = _TURN_S if self.controller.close_windows(now) else _TICK_S
             if now >= beat_at:
-                self.controller.beat(now)
+                stalled = bool(self._store.file.problem)
+                self.controller.beat(now, self._problem(), stalled)
                 beat_at = now + _BEAT_S
             self._ticked_at = now
+
+    def _problem(self) -> str:
+        """What does not work now, for people; empty when all is well."""
+        return "; ".join(filter(None, (self._store.file.problem, self._tasks.problem)))
+
+    async def _look_after_servers(self) -> None:
+        """Marks those that are lost, forgets those that have drained; says who is there."""
+        while True:
+            await asyncio.sleep(_TICK_S)
+            with suppress(UnavailableError):  # the directory stays as it is while it cannot be kept
+                self.controller.mark_lost(time.monotonic())
+                self.controller.renew_directory()
+
+    async def _look_after_file(self) -> None:
+        """Finds out that there is room again, when nothing else would write."""
+        while True:
+            await asyncio.sleep(_BEAT_S)
+            self._store.file.check()
 
     async def stop(self) -> None:
         """Closes the port and the file."""

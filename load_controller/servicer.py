@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -205,7 +205,7 @@ class ControlServicer:
         done = await asyncio.shield(self._tasks.spawn(settled(), "move experts"))
         if isinstance(done, MeshError):
             raise done
-        return cast(_T, done)
+        return done
 
     async def get_fleet(
         self, request: pb.GetFleetRequest, deadline: Deadline

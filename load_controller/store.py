@@ -8,9 +8,9 @@ state: a report with the windows that it closed, never one without the other.
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from load_controller.balancer import Progress
 from load_controller.holdings import Assignment, Holdings
 from load_controller.ledger import Report, SourceKey
 from load_controller.migration import Copy
+from load_controller.state_file import StateFile
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -44,39 +45,37 @@ CREATE TABLE IF NOT EXISTS servers (
 
 
 class Store:
-    """One controller's file. Used from one thread."""
+    """One controller's file. Used from one thread.
 
-    def __init__(self, path: str | Path) -> None:
-        """Opens or makes the file; ":memory:" forgets everything at the end."""
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        # WAL with NORMAL survives the death of the process at any instant: what we promise.
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = NORMAL")
-        self._db.executescript(_SCHEMA)
+    What saves raises UnavailableError where the file cannot be written now; then nothing was.
+    """
+
+    def __init__(self, path: str | Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Opens or makes the file; ":memory:" forgets everything at the end. Raises ConfigError."""
+        self.file = StateFile(path, _SCHEMA, clock)
 
     def meta(self, key: str) -> str | None:
         """A single fact, None when it was never stored."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else str(row[0])
+        rows = self.file.rows("SELECT value FROM meta WHERE key = ?", (key,))
+        return str(rows[0][0]) if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
         """Stores a single fact."""
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        self.file.write("INSERT OR REPLACE INTO meta VALUES (?, ?)", [(key, value)])
 
     def save_report(self, kind: str, report: Report) -> None:
         """Replaces what the source had reported."""
-        with self.transaction():
-            self._db.executemany(
-                "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (kind, *report.key, report.sequence, layer, counts.tobytes())
-                    for layer, counts in report.totals.items()
-                ],
-            )
+        self.file.write(
+            "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?, ?, ?)",
+            [
+                (kind, *report.key, report.sequence, layer, counts.tobytes())
+                for layer, counts in report.totals.items()
+            ],
+        )
 
     def reports(self, kind: str) -> list[Report]:
         """Every source's last report of that kind."""
-        rows = self._db.execute(
+        rows = self.file.rows(
             "SELECT source, incarnation, sequence, layer, counts FROM reports WHERE kind = ?",
             (kind,),
         )
@@ -93,8 +92,8 @@ class Store:
         with self.transaction():
             self.set_meta("bias_version", str(version))
             self.set_meta("balance_mode", mode)
-            self._db.execute("DELETE FROM deltas")
-            self._db.executemany(
+            self.file.write("DELETE FROM deltas")
+            self.file.write(
                 "INSERT INTO deltas VALUES (?, ?, ?)",
                 [
                     (layer, each.windows, each.delta.numpy().tobytes())
@@ -104,7 +103,7 @@ class Store:
 
     def progress(self) -> dict[int, Progress]:
         """Every layer's published delta."""
-        rows = self._db.execute("SELECT layer, windows, delta FROM deltas")
+        rows = self.file.rows("SELECT layer, windows, delta FROM deltas")
         return {
             layer: Progress(torch.from_numpy(np.frombuffer(delta, np.float32).copy()), windows)
             for layer, windows, delta in rows
@@ -115,9 +114,9 @@ class Store:
     ) -> None:
         """Replaces a server's announcement, with the directory version and epoch it led to."""
         with self.transaction():
-            self._db.execute(
+            self.file.write(
                 "INSERT OR REPLACE INTO servers VALUES (?, ?, ?)",
-                (server_id, started_at_ns, announcement),
+                [(server_id, started_at_ns, announcement)],
             )
             self.set_meta("directory_version", str(versions[0]))
             self.set_meta("epoch", str(versions[1]))
@@ -125,25 +124,25 @@ class Store:
     def forget_server(self, server_id: str, directory_version: int) -> None:
         """Removes a server's announcement, with the directory version that it led to."""
         with self.transaction():
-            self._db.execute("DELETE FROM servers WHERE server_id = ?", (server_id,))
+            self.file.write("DELETE FROM servers WHERE server_id = ?", [(server_id,)])
             self.set_meta("directory_version", str(directory_version))
 
     def servers(self) -> list[tuple[int, bytes]]:
         """(started_at_ns, announcement) of every server that was ever announced."""
-        rows = self._db.execute("SELECT started_at_ns, announcement FROM servers")
+        rows = self.file.rows("SELECT started_at_ns, announcement FROM servers")
         return [(int(started), bytes(announcement)) for started, announcement in rows]
 
     def save_holdings(self, holdings: Holdings, epoch: int) -> None:
         """Replaces hidden copies and assignments, with the epoch that they belong to."""
         with self.transaction():
             self.set_meta("epoch", str(epoch))
-            self._db.execute("DELETE FROM hidden")
-            self._db.executemany(
+            self.file.write("DELETE FROM hidden")
+            self.file.write(
                 "INSERT INTO hidden VALUES (?, ?, ?)",
                 [(copy.server, *copy.slot) for copy in holdings.hidden],
             )
-            self._db.execute("DELETE FROM assigned")
-            self._db.executemany(
+            self.file.write("DELETE FROM assigned")
+            self.file.write(
                 "INSERT INTO assigned VALUES (?, ?, ?)",
                 [
                     (server, json.dumps(sorted(each.initial)), json.dumps(sorted(each.slots)))
@@ -153,8 +152,8 @@ class Store:
 
     def holdings(self) -> Holdings:
         """What was last saved. Copies that were arriving are leaving: nobody waits for them."""
-        hidden = self._db.execute("SELECT server_id, layer, expert FROM hidden")
-        assigned = self._db.execute("SELECT server_id, initial, slots FROM assigned")
+        hidden = self.file.rows("SELECT server_id, layer, expert FROM hidden")
+        assigned = self.file.rows("SELECT server_id, initial, slots FROM assigned")
         return Holdings(
             leaving={Copy(server, Slot(layer, expert)) for server, layer, expert in hidden},
             assigned={
@@ -165,21 +164,11 @@ class Store:
 
     def close(self) -> None:
         """Closes the file."""
-        self._db.close()
+        self.file.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """All that is written within it, or nothing. One within another is part of the outer."""
-        if self._db.in_transaction:
-            yield
-            return
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        return self.file.transaction()
 
 
 def _slots(text: str) -> frozenset[Slot]:

@@ -25,6 +25,7 @@ _NEVER = (-1, -1, -1)
 _REPORT_TIMEOUT_S = 5.0
 _ALIVE_S = 3.0  # the controller's loop beats every second: three in a row are missing
 _RECONNECT_PAUSE_S = 0.2  # a controller restarts in seconds; asking five times a second is cheap
+_REFUSED_PAUSE_S = 5.0  # another controller may take its place, one of our fleet
 
 
 class ControllerLink:
@@ -67,12 +68,19 @@ class ControllerLink:
 
     @property
     def balance_alive(self) -> bool:
-        """Whether that loop, which moves biases, has been heard lately."""
-        return 0 <= self.controller_age_s <= _ALIVE_S
+        """Whether that loop, which moves biases, has been heard lately and can do its work."""
+        return 0 <= self.controller_age_s <= _ALIVE_S and not self.beat.stalled
+
+    @property
+    def problem(self) -> str:
+        """What the controller last said that does not work there; empty when all is well."""
+        said = self.beat.problem if self.controller_age_s <= _ALIVE_S else ""
+        return f"load controller: {said}" if said else ""
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        """Follows the cluster's state until cancelled. Ends when the controller refuses us."""
+        """Follows the cluster's state until cancelled; asks again where it is refused."""
         while True:
+            pause_s = _RECONNECT_PAUSE_S
             request = control_pb2.WatchClusterRequest(
                 router_id=self._router_id,
                 incarnation=self._incarnation,
@@ -81,23 +89,26 @@ class ControllerLink:
                 checkpoint_digest=self._router.model.digest,
                 gates=_gates(self._router.model),
             )
+            call = self._stub.WatchCluster(request)
             try:
-                async for message in self._stub.WatchCluster(request):
+                async for message in call:
                     if not self.connected:
                         self._reported = _NEVER  # it may be another controller than the last one
-                    self.connected = True
+                    self.connected, self.refused = True, None
                     self._apply(message)
                     on_change()
             except grpc.aio.AioRpcError as rpc_error:
                 error = status.from_call(rpc_error, f"load controller at {self.controller}")
                 if isinstance(error, MismatchError):
-                    self.refused = error
-                    _log.error("the load controller refuses this router: %s", error.message)
-                    return
-                if self.connected:
+                    if self.refused is None:
+                        _log.error("the load controller refuses this router: %s", error.message)
+                    self.refused, pause_s = error, _REFUSED_PAUSE_S
+                elif self.connected:
                     _log.warning("lost the load controller: %s; serving goes on", error.message)
-            self.connected = False
-            await asyncio.sleep(_RECONNECT_PAUSE_S)
+            finally:
+                call.cancel()  # a push that cannot be taken ends this loop, and leaves it open
+                self.connected = False
+            await asyncio.sleep(pause_s)
 
     def _apply(self, message: control_pb2.WatchClusterResponse) -> None:
         router = self._router

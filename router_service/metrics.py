@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from expertmesh.model import SERVER_STATES
 from expertmesh.rpc.admission import Admission
-from expertmesh.telemetry.metric import Metric, Reading
+from expertmesh.telemetry.metric import Metric, Reading, by_label
 from router_service.controller_link import ControllerLink
 from router_service.router import Router
 
@@ -70,6 +70,12 @@ SERVER_INFLIGHT = Metric(
     ("server",),
 )
 
+LOOP_FAILURES = Metric(
+    "expertmesh_router_loop_failures_total",
+    "counter",
+    "Times that a loop of the router was ended by an error and started again",
+    ("loop",),
+)
 SERVER_SHARED = Metric(
     "expertmesh_router_server_shared_memory",
     "gauge",
@@ -83,8 +89,11 @@ SHARED_STREAMS = Metric(
 )
 
 
-def read(router: Router, link: ControllerLink, admission: Admission) -> Iterator[Reading]:
+def read(
+    router: Router, link: ControllerLink, admission: Admission, loop_failures: Mapping[str, int]
+) -> Iterator[Reading]:
     """Every number, now."""
+    yield from by_label(LOOP_FAILURES, loop_failures)
     for outcome, count in admission.outcomes.items():
         yield REQUESTS.of(count, outcome)
     for kind, seconds in router.request_seconds.items():

@@ -26,7 +26,7 @@ class ExpertPool:
         self._config = config
         self._links: dict[str, ServerLink] = {}
         self._runs: dict[str, asyncio.Task[None]] = {}
-        self._tasks = TaskSet()
+        self.tasks = TaskSet()
         self._version = 0
         self._changed: asyncio.Future[None] | None = None
         self._cache: dict[tuple[int, frozenset[str]], Holders] = {}
@@ -45,7 +45,7 @@ class ExpertPool:
             elif server.endpoint:
                 link = ServerLink(server, self._digest, self._config, self._bump)
                 self._links[server_id] = link
-                self._runs[server_id] = self._tasks.spawn(link.run(), f"link {server_id}")
+                self._runs[server_id] = self.tasks.keep(link.run, "server link", server_id)
         self._bump()
 
     def placed(self) -> None:
@@ -125,7 +125,7 @@ class ExpertPool:
 
     async def close(self) -> None:
         """Closes every link."""
-        await self._tasks.close()
+        await self.tasks.close()
 
     def _bump(self) -> None:
         self._version += 1

@@ -76,11 +76,13 @@ class RouterServer:
         self._host = host
         admission, data_port = Admission(rpc), DataPort.of(rpc)
         self._metrics = MetricsServer(
-            lambda: metrics.read(self.router, self._link, admission), rpc.host, metrics_port
+            lambda: metrics.read(self.router, self._link, admission, self._loop_failures()),
+            rpc.host,
+            metrics_port,
         )
         self._server = GrpcServer(rpc, admission, self._metrics, data_port)
         self._link = ControllerLink(self.router, router_id, controller, config.report_every_s)
-        servicer = RouterServicer(self.router, self._link, admission, data_port)
+        servicer = RouterServicer(self.router, self._link, admission, data_port, self._problem)
         self._server.add(SERVICE, servicer.handlers())
         self._tasks = TaskSet()
 
@@ -98,14 +100,23 @@ class RouterServer:
         """Listens, then follows the controller. Raises ConfigError when it cannot listen."""
         await self._server.start()
         self._link.endpoint = self.address
-        self._tasks.spawn(self._link.watch(lambda: None), "watch controller")
-        self._tasks.spawn(self._link.report_all(), "report counts")
-        self._tasks.spawn(self._follow_health(), "follow health")
+        self._tasks.keep(lambda: self._link.watch(lambda: None), "watch controller")
+        self._tasks.keep(self._link.report_all, "report counts")
+        self._tasks.keep(self._follow_health, "follow health")
         _log.info("router at %s", self.address)
+
+    def _loop_failures(self) -> dict[str, int]:
+        """How often each loop of this router was ended by an error."""
+        return self._tasks.failures | self.router.pool.tasks.failures
+
+    def _problem(self) -> str:
+        """What does not work now beside answering; empty when all is well."""
+        own = (self._tasks.problem, self.router.pool.tasks.problem)
+        return "; ".join(filter(None, (self._link.problem, *own)))
 
     async def _follow_health(self) -> None:
         """Health says SERVING exactly while every expert can be asked."""
-        was = False
+        was: bool | None = None  # whatever it said before an error had ended this loop
         while True:
             now = not self.router.missing()
             if now != was:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from expertmesh.codec import messages, tensors
@@ -30,9 +31,12 @@ class RouterServicer:
         controller: ControllerLink,
         admission: Admission,
         data_port: DataPort | None = None,
+        problem: Callable[[], str] = str,
     ) -> None:
+        """`problem` says what does not work beside answering; empty when all is well."""
         self._router = router
         self._controller = controller
+        self._problem = problem
         self._protocol = FrameProtocol(
             messages.FORWARD_REQUEST,
             messages.FORWARD_RESPONSE,
@@ -112,4 +116,5 @@ class RouterServicer:
             balance_alive=self._controller.balance_alive,
             window_age_s=self._controller.beat.window_age_s,
             divergence=router.meter.share(),
+            problem=self._problem(),
         )

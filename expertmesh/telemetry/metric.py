@@ -7,7 +7,7 @@ calls one function of the service that yields a `Reading` for each; nothing is r
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +67,11 @@ class Reading:
     metric: Metric
     value: float | Histogram
     labels: tuple[str, ...]
+
+
+def by_label(metric: Metric, counts: Mapping[str, int]) -> list[Reading]:
+    """One reading for each value of the metric's only label."""
+    return [metric.of(count, label) for label, count in sorted(counts.items())]
 
 
 def one_of(metric: Metric, values: Sequence[str], now: str) -> list[Reading]:

@@ -279,14 +279,18 @@ class WatchClusterResponse(_message.Message):
     def __init__(self, directory: _Optional[_Union[Directory, _Mapping]] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., bias: _Optional[_Union[BiasUpdate, _Mapping]] = ..., beat: _Optional[_Union[BalanceBeat, _Mapping]] = ...) -> None: ...
 
 class BalanceBeat(_message.Message):
-    __slots__ = ("number", "closed_windows", "window_age_s")
+    __slots__ = ("number", "closed_windows", "window_age_s", "problem", "stalled")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     CLOSED_WINDOWS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
     number: int
     closed_windows: int
     window_age_s: float
-    def __init__(self, number: _Optional[int] = ..., closed_windows: _Optional[int] = ..., window_age_s: _Optional[float] = ...) -> None: ...
+    problem: str
+    stalled: bool
+    def __init__(self, number: _Optional[int] = ..., closed_windows: _Optional[int] = ..., window_age_s: _Optional[float] = ..., problem: _Optional[str] = ..., stalled: bool = ...) -> None: ...
 
 class Directory(_message.Message):
     __slots__ = ("version", "servers", "routers")

@@ -191,7 +191,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("ready", "reason", "servers", "bias_version", "epoch", "controller_connected", "controller", "pid", "balance_mode", "answered_requests", "retried_pairs", "controller_age_s", "balance_alive", "window_age_s", "divergence")
+    __slots__ = ("ready", "reason", "servers", "bias_version", "epoch", "controller_connected", "controller", "pid", "balance_mode", "answered_requests", "retried_pairs", "controller_age_s", "balance_alive", "window_age_s", "divergence", "problem")
     READY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     SERVERS_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +207,7 @@ class GetStatusResponse(_message.Message):
     BALANCE_ALIVE_FIELD_NUMBER: _ClassVar[int]
     WINDOW_AGE_S_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     reason: str
     servers: _containers.RepeatedCompositeFieldContainer[ServerStatus]
@@ -222,7 +223,8 @@ class GetStatusResponse(_message.Message):
     balance_alive: bool
     window_age_s: float
     divergence: float
-    def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., controller_age_s: _Optional[float] = ..., balance_alive: bool = ..., window_age_s: _Optional[float] = ..., divergence: _Optional[float] = ...) -> None: ...
+    problem: str
+    def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., controller_age_s: _Optional[float] = ..., balance_alive: bool = ..., window_age_s: _Optional[float] = ..., divergence: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ServerStatus(_message.Message):
     __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error", "requests_in_flight", "answered_rows", "transport", "pairs_per_s", "rate")

@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
                     "address": address,
                     "ready": seen.ready,
                     "reason": seen.reason,
+                    "problem": seen.problem,
                     "model_type": info.model_type,
                     "hidden_size": info.hidden_size,
                     "layers": len(info.layers),
@@ -93,6 +94,7 @@ def _lines(
         f"epoch {seen.epoch}",
         f"balance     {seen.balance_mode}, {_alive(seen)}, divergence {seen.divergence:.2%}",
         f"answered    {seen.answered_requests} requests, {seen.retried_pairs} pairs sent again",
+        *([f"problem     {seen.problem}"] if seen.problem else []),
         "",
         f"{'server':<18} {'state':<9} {'slots':>6} {'loaded':>10}  {'backend':<14} {'rate':>5} "
         f"{'pid':>7}  {'by':<4} endpoint",

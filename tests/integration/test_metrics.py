@@ -262,7 +262,7 @@ def test_the_alive_gauge_goes_dead_with_the_balancing_loop(tmp_path: Path) -> No
     server = loop.run(start())
     server._ticked_at -= 2 * ALIVE_WITHIN_S  # as if the loop had hung, and goes on
     wait_until(lambda: alive() == 1, 5.0, "alive again")
-    loop.run(server._tasks.close())  # it has died
+    loop.run(server._tasks.close())  # its loops have ended
     server._ticked_at -= 2 * ALIVE_WITHIN_S
     dead = alive()
     loop.run(server.stop())

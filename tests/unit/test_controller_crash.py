@@ -58,7 +58,7 @@ def test_every_crash_image_is_a_state_that_was_published_or_the_next(tmp_path: P
             shutil.copy(file, folder)
         images.append((len(published) - 1, folder / path.name))
 
-    store._db.set_trace_callback(crash)
+    store.file._db.set_trace_callback(crash)
     for sequence in range(1, 4):
         controller.take_assignments(_report(sequence), now=0.0)
         published.append(_state(controller))
@@ -66,7 +66,7 @@ def test_every_crash_image_is_a_state_that_was_published_or_the_next(tmp_path: P
     published.append(_state(controller))
     controller.set_mode("frozen")
     published.append(_state(controller))
-    store._db.set_trace_callback(None)
+    store.file._db.set_trace_callback(None)
     store.close()
 
     assert len(images) > 30

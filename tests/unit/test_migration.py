@@ -91,11 +91,10 @@ def test_a_step_is_seen_as_one_placement() -> None:
 def test_a_copy_that_has_gone_is_hidden_no_more() -> None:
     holdings = Holdings(leaving={Copy("one", A), Copy("two", A)})
 
-    still = holdings.heard(_announced("one", {A, B}, {A, B}))
-    gone = holdings.heard(_announced("one", {B}, {A, B}))
+    still = holdings.gone(_announced("one", {A, B}, {A, B}))
+    gone = holdings.gone(_announced("one", {B}, {A, B}))
 
-    assert (still, gone) == (False, True)
-    assert holdings.leaving == {Copy("two", A)}
+    assert (still, gone) == (set(), {Copy("one", A)})
 
 
 def test_a_restarted_server_loads_what_it_held_unless_it_is_started_otherwise() -> None:

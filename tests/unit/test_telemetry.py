@@ -160,7 +160,7 @@ def test_a_routers_series_grow_with_servers_and_with_nothing_else() -> None:
         router.pool.update([_announcement(f"s{index}").server for index in range(SERVERS)])
         link = ControllerLink(router, "r", "127.0.0.1:1", 1.0)
         try:
-            return _scrape(router_service.metrics.read(router, link, Admission(RpcConfig())))
+            return _scrape(router_service.metrics.read(router, link, Admission(RpcConfig()), {}))
         finally:
             await link.close()
             await router.close()
@@ -190,7 +190,7 @@ def test_an_expert_servers_series_grow_with_its_layers() -> None:
         )
         await runner.execute(request, Deadline.after(10.0))
         status = router_pb2.ServerStatus(server_id="s0", state="ready", backend="reference")
-        readings = expert_service.metrics.read(status, shard, runner, Admission(RpcConfig()))
+        readings = expert_service.metrics.read(status, shard, runner, Admission(RpcConfig()), {})
         seen = _scrape(readings)
         runner.close()
         return seen
