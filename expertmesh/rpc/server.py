@@ -31,6 +31,7 @@ from expertmesh.rpc.session import FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
 
 Handler = Callable[[Any, Deadline], Awaitable[Any]]
+LIVENESS = "liveness"  # what health is asked for by who restarts a process that hangs
 _CLOSE_S = 0.5  # for streams that have ended to be closed on the wire too
 
 
@@ -157,6 +158,8 @@ class GrpcServer:
                 raise
             raise ConfigError(f"cannot listen on {wanted}: {error}; choose another port") from None
         await self.set_serving(False)
+        # Whoever is answered at all is answered by the event loop: it turns.
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 import expertmesh
 from expertmesh.rpc import loop
+from expertmesh.rpc.server import LIVENESS
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh, wait_until
 
@@ -34,10 +37,11 @@ def served(checkpoint: Path) -> Iterator[LocalMesh]:
         yield cluster
 
 
-def _health(address: str, service: str = "") -> int:
+def _health(address: str, service: str = "", timeout_s: float = 5.0) -> int:
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        status: int = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0).status
+        request = health_pb2.HealthCheckRequest(service=service)
+        status: int = stub.Check(request, timeout=timeout_s).status
         return status
 
 
@@ -68,6 +72,41 @@ def test_a_router_without_one_of_its_servers_is_not_healthy(checkpoint: Path) ->
         loop.run(cluster.servers[0].stop())
 
         wait_until(lambda: _health(address) == NOT_SERVING, 5.0, "not serving")
+
+
+def test_every_service_is_alive_whether_or_not_it_can_serve(checkpoint: Path) -> None:
+    with local_mesh(checkpoint) as cluster:
+        for server in cluster.servers:
+            loop.run(server.stop())
+        router = cluster.routers[0].address
+        wait_until(lambda: _health(router) == NOT_SERVING, 5.0, "not serving")
+
+        assert _health(router, LIVENESS) == SERVING
+        assert _health(cluster.controller.address, LIVENESS) == SERVING
+
+
+def test_a_process_whose_event_loop_hangs_takes_connections_and_is_not_alive(
+    served: LocalMesh,
+) -> None:
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        goes_on.wait(30.0)
+
+    loop.shared_loop().call_soon_threadsafe(hang)
+    assert hangs.wait(5.0)
+    try:
+        for address in _addresses(served).values():
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5.0).close()
+            with pytest.raises(grpc.RpcError) as caught:
+                _health(address, LIVENESS, timeout_s=0.5)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    finally:
+        goes_on.set()
+    for address in _addresses(served).values():
+        wait_until(lambda a=address: _health(a, LIVENESS) == SERVING, 5.0, "alive again")
 
 
 def test_load_names_every_moe_layer_before_anything_was_counted(checkpoint: Path) -> None:
