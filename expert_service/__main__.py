@@ -19,6 +19,7 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import DataConnectionMode, RpcConfig
 from expertmesh.errors import ConfigError, MeshError
 from expertmesh.placement import initial_parts
+from expertmesh.rpc.address import parse_address
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 
 
@@ -32,7 +33,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", default="0/1", help="which part of how many, e.g. 0/2")
     parser.add_argument("--server-id", default="", help="stable name; default shard-N")
     parser.add_argument("--controller", default="", help="load controller, host:port")
-    parser.add_argument("--host", default="127.0.0.1", help="address that routers can reach")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address that routers can reach; of 0.0.0.0 or :: this host's own",
+    )
     parser.add_argument("--port", type=int, default=0, help="0 for any free port")
     parser.add_argument("--backend", default="auto", help="auto, onednn, reference or triton")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -67,6 +72,8 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 async def _serve(arguments: argparse.Namespace) -> None:
     index, count = parse_shard(arguments.shard)
+    if arguments.controller:
+        parse_address(arguments.controller, "--controller")
     checkpoint = Checkpoint.open(arguments.checkpoint)
     server = ExpertServer(
         checkpoint,

@@ -28,9 +28,11 @@ from expertmesh.codec.slots import layer_slots
 from expertmesh.config import ExpertConfig, RpcConfig
 from expertmesh.errors import ConfigError, MeshError, UnavailableError
 from expertmesh.model import PROTOCOL_VERSION, ExpertWeights, Fp8ExpertWeights, Slot
+from expertmesh.rpc.address import format_address, parse_address
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.answering import internal
 from expertmesh.rpc.data_port import DataPort
+from expertmesh.rpc.own_address import advertised_host
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
@@ -46,7 +48,7 @@ class Placing:
     """Who this server is and where it can be reached."""
 
     server_id: str  # stable across restarts
-    host: str  # address that routers can reach
+    host: str  # address that routers can reach; of 0.0.0.0 and :: it is this machine's own
     node: str = ""  # for people; the host's name when empty
     controller: str = ""  # "host:port"; empty to serve without one
 
@@ -86,6 +88,9 @@ class ExpertServer:
         slots, backends, dtypes or weights that cannot be.
         """
         config, rpc = config or ExpertConfig(), rpc or RpcConfig()
+        if placing.controller:
+            parse_address(placing.controller, "controller")
+        self._host = advertised_host(placing.host, placing.controller)
         self._tasks = TaskSet()
         self._checkpoint = checkpoint
         self._placing = placing
@@ -145,12 +150,12 @@ class ExpertServer:
     @property
     def endpoint(self) -> str:
         """ "host:port" that routers can reach; known once started."""
-        return f"{self._placing.host}:{self._server.port}"
+        return format_address(self._host, self._server.port)
 
     @property
     def metrics_address(self) -> str:
         """ "host:port" of `/metrics`; empty when none are served."""
-        return f"{self._placing.host}:{self._metrics.port}" if self._metrics.port else ""
+        return format_address(self._host, self._metrics.port) if self._metrics.port else ""
 
     @property
     def oldest_epoch(self) -> int:

@@ -129,7 +129,7 @@ def _require_finite(value: float, name: str, *, above: float) -> None:
 class RpcConfig:
     """Limits of a gRPC server of ours."""
 
-    host: str = "0.0.0.0"  # every interface: peers are on other nodes
+    host: str = "::"  # every interface, IPv4 ones as well: peers are on other nodes
     port: int = 0  # 0: any free one, reported once bound
     data_connections: DataConnectionMode = "auto"  # whether callers may open TCP beside their
     # streams; "off": gRPC carries every byte

@@ -19,7 +19,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="example: python -m load_controller --state state.sqlite --port 50050",
     )
     parser.add_argument("--state", required=True, help="SQLite file; made when absent")
-    parser.add_argument("--host", default="127.0.0.1", help="address that peers can reach")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address that peers can reach; of 0.0.0.0 or :: this host's own",
+    )
     parser.add_argument("--port", type=int, default=0, help="0: the last one, or any free port")
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
     parser.add_argument(

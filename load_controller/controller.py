@@ -18,6 +18,7 @@ from expertmesh.errors import (
     UnavailableError,
 )
 from expertmesh.model import PROTOCOL_VERSION, Slot
+from expertmesh.rpc.address import parse_address
 from expertmesh.v1 import control_pb2 as pb
 from load_controller import messages
 from load_controller.accounts import Accounts
@@ -125,6 +126,7 @@ class LoadController:
         server = request.server
         if not server.server_id or not server.incarnation:
             raise InvalidRequestError("an announcement needs server_id and incarnation")
+        _check_endpoint(server.endpoint)
         self.check_peer(
             f"server {server.server_id}", request.protocol_version, request.checkpoint_digest
         )
@@ -212,7 +214,9 @@ class LoadController:
         self._on_change()
 
     def add_router(self, request: pb.WatchClusterRequest) -> None:
-        """A router watches from now on. Raises InvalidRequestError for a gate that cannot be."""
+        """A router watches from now on. Raises InvalidRequestError for an endpoint or a gate that
+        cannot be."""
+        _check_endpoint(request.endpoint)
         gates = messages.gates_of(request)
         known = self._routers.get(request.router_id)
         if known is not None and known.incarnation == request.incarnation:
@@ -561,3 +565,9 @@ class LoadController:
     def bias(self) -> pb.BiasUpdate:
         """What is added to the trained biases, as published."""
         return self._published
+
+
+def _check_endpoint(endpoint: str) -> None:
+    """Raises InvalidRequestError for what others would try to reach for ever."""
+    if endpoint:
+        parse_address(endpoint, "endpoint", InvalidRequestError)

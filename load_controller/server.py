@@ -18,7 +18,9 @@ from expertmesh.config import (
     check_server_rates,
 )
 from expertmesh.errors import UnavailableError
+from expertmesh.rpc.address import format_address
 from expertmesh.rpc.admission import Admission
+from expertmesh.rpc.own_address import advertised_host
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
@@ -50,7 +52,9 @@ class ControllerServer:
         rpc: RpcConfig | None = None,
         metrics_port: int | None = None,
     ) -> None:
-        """`host` is the address that routers and servers can reach.
+        """`host` is the address that routers and servers can reach: of every interface (0.0.0.0,
+        ::) it is this machine's own. Raises ConfigError for what is none, and for a state file
+        that cannot be used.
 
         The port of the first start is kept in `state_file`: a restarted controller is found again
         where it was. With `rebalance` experts move by themselves. `server_rates` "measured" divides
@@ -58,15 +62,15 @@ class ControllerServer:
         metrics on any free port, None serves none.
         """
         self._store = Store(state_file)  # first: what cannot be opened is the first to be said
-        rpc = rpc or RpcConfig()
+        rpc, self._kept_port = rpc or RpcConfig(), self._store.meta("port")
         if rpc.port == 0:
-            rpc = replace(rpc, port=int(self._store.meta("port") or 0))
+            rpc = replace(rpc, port=int(self._kept_port or 0))
         changes = self._changes = Changes()
         check_server_rates(server_rates)
         self.controller = LoadController(
             self._store, balance or BalanceConfig(), changes.notify, server_rates
         )
-        self._host = host
+        self._host = advertised_host(host)
         self._metrics = MetricsServer(self._readings, rpc.host, metrics_port)
         self._server = GrpcServer(rpc, Admission(rpc), self._metrics)
         self._ticked_at = time.monotonic()
@@ -81,12 +85,12 @@ class ControllerServer:
     @property
     def address(self) -> str:
         """ "host:port" that peers can reach; known once started."""
-        return f"{self._host}:{self._server.port}"
+        return format_address(self._host, self._server.port)
 
     @property
     def metrics_address(self) -> str:
         """ "host:port" of `/metrics`; empty when none are served."""
-        return f"{self._host}:{self._metrics.port}" if self._metrics.port else ""
+        return format_address(self._host, self._metrics.port) if self._metrics.port else ""
 
     def _readings(self) -> Iterator[Reading]:
         now = time.monotonic()
@@ -99,8 +103,7 @@ class ControllerServer:
     async def start(self) -> None:
         """Listens. Raises ConfigError when it cannot."""
         await self._server.start()
-        if self._store.meta("port") != str(self._server.port):
-            self._store.set_meta("port", str(self._server.port))
+        self._keep_port()
         self._tasks.keep(self._balance, "balance")
         self._tasks.keep(self._look_after_servers, "look after servers")
         self._tasks.keep(self._look_after_file, "look after the state file")
@@ -143,6 +146,15 @@ class ControllerServer:
         while True:
             await asyncio.sleep(_BEAT_S)
             self._store.file.check()
+            self._keep_port()
+
+    def _keep_port(self) -> None:
+        """Writes down where it listens, unless that is known; later, where it cannot be now."""
+        port = str(self._server.port)
+        if port != self._kept_port:
+            with suppress(UnavailableError):
+                self._store.set_meta("port", port)
+                self._kept_port = port
 
     async def stop(self) -> None:
         """Closes the port and the file."""

@@ -75,6 +75,7 @@ class StateFile:
         # WAL with NORMAL survives the death of the process at any instant: what we promise.
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
+        self._db.execute("PRAGMA temp_store = MEMORY")  # no other disk can be full for us
         self._db.execute("BEGIN IMMEDIATE")  # also a file that is only read would open
         self._db.execute("COMMIT")
         self._db.executescript(schema)

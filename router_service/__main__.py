@@ -15,6 +15,7 @@ from expertmesh.config import (
     SharedMemoryConfig,
     WireDtype,
 )
+from expertmesh.rpc.address import parse_address
 from expertmesh.rpc.process import exit_code, run_until_signal, say_listening, setup_logging
 from router_service.server import RouterServer, open_model
 
@@ -28,7 +29,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="folder of a Hugging Face checkpoint (gates are read)")
     parser.add_argument("--controller", required=True, help="load controller, host:port")
     parser.add_argument("--router-id", default="router-0", help="stable name of this router")
-    parser.add_argument("--host", default="127.0.0.1", help="address that clients can reach")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address that clients can reach; of 0.0.0.0 or :: this host's own",
+    )
     parser.add_argument("--port", type=int, default=0, help="0 for any free port")
     parser.add_argument(
         "--shared-memory",
@@ -55,10 +60,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
+    controller = str(parse_address(arguments.controller, "--controller"))
     server = RouterServer(
         open_model(arguments.checkpoint),
         router_id=arguments.router_id,
-        controller=arguments.controller,
+        controller=controller,
         host=arguments.host,
         rpc=RpcConfig(
             port=arguments.port,

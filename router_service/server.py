@@ -12,9 +12,11 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import RouterConfig, RpcConfig
 from expertmesh.errors import CheckpointError, MeshError
 from expertmesh.model import GateWeights
+from expertmesh.rpc.address import format_address, parse_address
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.own_address import advertised_host
 from expertmesh.rpc.server import GrpcServer
 from expertmesh.rpc.tasks import TaskSet
 from expertmesh.telemetry.exposition import MetricsServer
@@ -66,14 +68,16 @@ class RouterServer:
         config: RouterConfig | None = None,
         metrics_port: int | None = None,
     ) -> None:
-        """`host` is the address that clients can reach; `controller` is "host:port".
+        """`host` is the address that clients can reach: of every interface (0.0.0.0, ::) it is this
+        machine's own. `controller` is "host:port". Raises ConfigError for what is neither.
 
         `metrics_port` 0 serves metrics on any free port, None serves none.
         """
+        controller = str(parse_address(controller, "controller"))
         config = config or RouterConfig()
         rpc = rpc or RpcConfig()
         self.router = Router(model, ExpertPool(model.digest, config), config)
-        self._host = host
+        self._host = advertised_host(host, controller)
         admission, data_port = Admission(rpc), DataPort.of(rpc)
         self._metrics = MetricsServer(
             lambda: metrics.read(self.router, self._link, admission, self._loop_failures()),
@@ -89,12 +93,12 @@ class RouterServer:
     @property
     def address(self) -> str:
         """ "host:port" that clients can reach; known once started."""
-        return f"{self._host}:{self._server.port}"
+        return format_address(self._host, self._server.port)
 
     @property
     def metrics_address(self) -> str:
         """ "host:port" of `/metrics`; empty when none are served."""
-        return f"{self._host}:{self._metrics.port}" if self._metrics.port else ""
+        return format_address(self._host, self._metrics.port) if self._metrics.port else ""
 
     async def start(self) -> None:
         """Listens, then follows the controller. Raises ConfigError when it cannot listen."""

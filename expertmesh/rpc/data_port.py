@@ -19,8 +19,10 @@ from google.protobuf.message import DecodeError
 from expertmesh.codec.wire import Buffer
 from expertmesh.config import DataConnectionMode, RpcConfig
 from expertmesh.errors import ConfigError
+from expertmesh.rpc.address import format_address, parse_address, parse_host
 from expertmesh.rpc.channel import max_message_bytes
 from expertmesh.rpc.data_connection import DataConnection
+from expertmesh.rpc.own_address import EVERYWHERE, everywhere_socket, listening_host
 from expertmesh.v1.tensor_pb2 import (
     DataConnectionAnswer,
     DataConnectionHello,
@@ -49,7 +51,7 @@ class DataPort:
         return cls(config) if config.data_connections == "auto" else None
 
     def __init__(self, config: RpcConfig) -> None:
-        self._host, self._wanted = config.host.strip("[]"), config.data_port
+        self._host, self._wanted = listening_host(parse_host(config.host)), config.data_port
         self._max_message_bytes = max_message_bytes(config)
         self._expected: dict[bytes, Attach] = {}
         self._strangers: set[DataConnection] = set()
@@ -60,10 +62,16 @@ class DataPort:
         """Binds and listens. Raises ConfigError when it cannot."""
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(self._stranger, self._host, self._wanted)
-        except OSError as error:
+            if self._host == EVERYWHERE:  # asyncio would take IPv6 alone
+                self._server = await loop.create_server(
+                    self._stranger, sock=everywhere_socket(self._wanted)
+                )
+            else:
+                self._server = await loop.create_server(self._stranger, self._host, self._wanted)
+        except (OSError, OverflowError) as error:
+            where = format_address(self._host, self._wanted)
             raise ConfigError(
-                f"cannot listen on {self._host}:{self._wanted} for data connections: {error}; "
+                f"cannot listen on {where} for data connections: {error}; "
                 "choose another data port, or 0 for any free one"
             ) from None
         self.port = self._server.sockets[0].getsockname()[1]
@@ -135,9 +143,12 @@ def welcome(connection: DataConnection) -> None:
 
 def host_of(endpoint: str, mode: DataConnectionMode = "auto") -> str:
     """Where to connect to beside a stream to "host:port"; empty for nowhere."""
-    host, colon, port = endpoint.rpartition(":")
-    is_plain = colon and port.isdigit() and "/" not in host
-    return host.strip("[]") if is_plain and mode == "auto" else ""
+    if mode != "auto":
+        return ""
+    try:
+        return parse_address(endpoint).host
+    except ConfigError:  # gRPC takes more than that: a proxy's socket, for one
+        return ""
 
 
 def offer() -> tuple[tuple[str, bytes], ...]:
@@ -168,7 +179,8 @@ async def connect(host: str, metadata: Any) -> DataConnection | None:
                     return connection
     except OSError as error:  # a TimeoutError among them
         reason = str(error) or "no answer"
-    _log.info("no data connection to %s:%d (%s): gRPC it is", host, answer.port, reason)
+    where = format_address(host, answer.port)
+    _log.info("no data connection to %s (%s): gRPC it is", where, reason)
     return None
 
 

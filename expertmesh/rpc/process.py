@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from expertmesh.errors import MeshError
 from expertmesh.rpc.heap import keep_freed_memory
 
+_log = logging.getLogger(__name__)
+
 
 class Service(Protocol):
     """Something that is started and stopped on one event loop."""
@@ -34,9 +36,12 @@ def setup_logging(level: str = "INFO") -> None:
 
 
 def say_listening(address: str, metrics_address: str = "") -> None:
-    """Prints where a service can be reached, for whoever started it."""
+    """Prints where a service can be reached, for whoever started it; serves also unread."""
     metrics = f" metrics {metrics_address}" if metrics_address else ""
-    print(f"LISTENING {address}{metrics}", flush=True)
+    try:
+        print(f"LISTENING {address}{metrics}", flush=True)
+    except OSError as error:  # the log's disk is full, or nobody reads the pipe any more
+        _log.warning("cannot say where this service listens: %s", error)
 
 
 async def run_until_signal(

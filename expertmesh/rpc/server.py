@@ -21,11 +21,13 @@ from expertmesh.errors import (
     MeshError,
 )
 from expertmesh.rpc import status
+from expertmesh.rpc.address import format_address, parse_host
 from expertmesh.rpc.admission import OK, Admission
 from expertmesh.rpc.answering import answer_in_time
 from expertmesh.rpc.channel import FRAME_OPTION, max_message_bytes
 from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.own_address import listening_host
 from expertmesh.rpc.served_frames import FrameProtocol
 from expertmesh.rpc.session import FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
@@ -144,7 +146,8 @@ class GrpcServer:
              reflection.SERVICE_NAME),
             self._server,
         )  # fmt: skip
-        wanted = f"{self._config.host}:{self._config.port}"
+        host = listening_host(parse_host(self._config.host))
+        wanted = format_address(host, self._config.port)
         if self._metrics is not None:
             await self._metrics.start()
         try:

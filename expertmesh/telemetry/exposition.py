@@ -18,6 +18,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from expertmesh.errors import ConfigError
+from expertmesh.rpc.address import format_address, parse_host
+from expertmesh.rpc.own_address import listening_host
 from expertmesh.telemetry.metric import Histogram, Metric, Reading
 
 _log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class MetricsServer:
     def __init__(self, read: Read, host: str, port: int | None) -> None:
         """`port` 0 takes any free one; None serves nothing."""
         self._read = read
-        self._host = host
+        self._host = listening_host(parse_host(host))
         self._wanted = port
         self.port = 0
 
@@ -52,8 +54,8 @@ class MetricsServer:
             self._http, self._thread = start_http_server(self._wanted, self._host, registry)
         except (OSError, OverflowError) as error:
             raise ConfigError(
-                f"cannot listen on {self._host}:{self._wanted} for metrics: {error}; choose "
-                "another --metrics-port"
+                f"cannot listen on {format_address(self._host, self._wanted)} for metrics: "
+                f"{error}; choose another --metrics-port"
             ) from None
         self.port = self._http.server_port
         _log.info("metrics on port %d", self.port)

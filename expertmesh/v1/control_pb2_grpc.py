@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class ControlServiceStub(object):
     """Keeps the cluster's directory, its load counts and its expert biases.
+
+    Every call that changes what is kept answers UNAVAILABLE while the
+    controller cannot write its state file, and has changed nothing then: ask
+    again. What it says of the cluster is always something that was stored.
     """
 
     def __init__(self, channel):
@@ -99,6 +103,10 @@ class ControlServiceStub(object):
 
 class ControlServiceServicer(object):
     """Keeps the cluster's directory, its load counts and its expert biases.
+
+    Every call that changes what is kept answers UNAVAILABLE while the
+    controller cannot write its state file, and has changed nothing then: ask
+    again. What it says of the cluster is always something that was stored.
     """
 
     def AnnounceServer(self, request, context):
@@ -108,6 +116,7 @@ class ControlServiceServicer(object):
         once a second. Idempotent: the last message of the newest incarnation
         holds.
 
+        INVALID_ARGUMENT     no id, or an endpoint that is not "host:port"
         FAILED_PRECONDITION  another checkpoint or protocol version is served
         here (FLEET_MISMATCH), or a newer incarnation of the
         same server has announced itself (SUPERSEDED): stop
@@ -122,7 +131,9 @@ class ControlServiceServicer(object):
         Every router keeps one open. A router drops a placement or a bias whose
         version is not above the one it has; of the directory, the last holds.
 
-        FAILED_PRECONDITION  as for AnnounceServer
+        INVALID_ARGUMENT     an endpoint or a gate that cannot be
+        FAILED_PRECONDITION  another checkpoint or protocol version is served
+        here (FLEET_MISMATCH): ask again seldom
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -320,6 +331,10 @@ def add_ControlServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ControlService(object):
     """Keeps the cluster's directory, its load counts and its expert biases.
+
+    Every call that changes what is kept answers UNAVAILABLE while the
+    controller cannot write its state file, and has changed nothing then: ask
+    again. What it says of the cluster is always something that was stored.
     """
 
     @staticmethod

@@ -145,6 +145,8 @@ def test_there_are_alerts_for_what_operators_must_hear_of() -> None:
         "ExpertmeshServerLost",
         "ExpertmeshQueueFull",
         "ExpertmeshBalancingDead",
+        "ExpertmeshStateNotWritten",
+        "ExpertmeshLoopFails",
     }
 
 

@@ -6,6 +6,7 @@ was, the same call succeeds when the fault is over, and a restarted controller k
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sqlite3
 from collections.abc import Callable
@@ -18,14 +19,17 @@ import pytest
 from expertmesh.config import BalanceConfig
 from expertmesh.errors import ConfigError, UnavailableError
 from expertmesh.model import PROTOCOL_VERSION, Slot
+from expertmesh.rpc import loop
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import expert_pb2, router_pb2
 from load_controller.__main__ import main
 from load_controller.controller import FORGET_AFTER_S, LOST_AFTER_S, LoadController
 from load_controller.migration import Copy, Step
 from load_controller.scaling import Bounds
+from load_controller.server import ControllerServer
 from load_controller.store import Store
 from tests import faults
+from tests.mesh import LOCAL
 
 LAYER = 2
 
@@ -400,3 +404,22 @@ def test_a_read_only_file_system_is_refused(tmp_path: Path) -> None:
         remount("ro")
         with pytest.raises(ConfigError, match="can be written"):
             Store(disk / "state.sqlite")
+
+
+def test_a_controller_starts_on_a_locked_file_and_keeps_its_port_later(tmp_path: Path) -> None:
+    async def start() -> tuple[str, str | None, str | None]:
+        server = ControllerServer(tmp_path / "state.sqlite", host="127.0.0.1", rpc=LOCAL)
+        with faults.locked(server._store):
+            await server.start()
+            during = server._store.meta("port")
+        async with asyncio.timeout(10.0):
+            while server._store.meta("port") is None:  # noqa: ASYNC110 (SQLite has no event)
+                await asyncio.sleep(0.02)
+        found = server.address, during, server._store.meta("port")
+        await server.stop()
+        return found
+
+    address, during, kept = loop.run(start())
+
+    assert during is None
+    assert address == f"127.0.0.1:{kept}"
