@@ -31,7 +31,8 @@ class _Problem:
 class TaskSet:
     """Holds background tasks: logs one that fails, keeps loops alive, cancels all at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        self._sleep = sleep
         self._tasks: set[asyncio.Task[Any]] = set()
         self._problems: dict[str, _Problem] = {}
         #: How often each kept loop was ended by an error, by its name.
@@ -75,7 +76,7 @@ class TaskSet:
             if clock() - began_at > _SETTLED_S:
                 pause_s = _PAUSE_S
             self._failed(name, of, failure, clock() + pause_s + _SETTLED_S)
-            await asyncio.sleep(pause_s)
+            await self._sleep(pause_s)
             pause_s = min(2 * pause_s, _MOST_PAUSE_S)
 
     def _failed(self, name: str, of: str, error: BaseException, until: float) -> None:

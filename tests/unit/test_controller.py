@@ -423,6 +423,21 @@ def test_a_routers_end_is_forgotten_only_when_it_is_the_present_one() -> None:
     assert list(controller.directory().routers) == ["h:2"]
 
 
+def test_a_broken_watch_that_ends_late_does_not_remove_a_router_that_watches_again() -> None:
+    controller = _controller()
+    request = pb.WatchClusterRequest(router_id="r0", incarnation="i", endpoint="h:1")
+    controller.add_router(request)
+    controller.take_assignments(_report([1, 0]), now=0.0)
+    controller.add_router(request)  # the first broke off, which nobody has noticed here
+
+    controller.remove_router("r0", "i", now=1.0)
+    listed = list(controller.directory().routers)
+    controller.remove_router("r0", "i", now=2.0)
+
+    assert listed == ["h:1"]
+    assert list(controller.directory().routers) == []
+
+
 def _weighing(path: Path | str = ":memory:") -> LoadController:
     return LoadController(Store(path), BalanceConfig(), lambda: None, "measured")
 
