@@ -32,7 +32,8 @@ from expertmesh.errors import (
 from expertmesh.info import MeshInfo, MeshLoad, info_of, load_of
 from expertmesh.request import deadline_after, make_request
 from expertmesh.rpc import data_port, heap, loop, status
-from expertmesh.rpc.channel import open_channel
+from expertmesh.rpc.address import format_address, parse_address
+from expertmesh.rpc.channel import check_proxy, open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.narrowing import ask_narrow
@@ -52,12 +53,14 @@ class _RouterLink:
         address: str,
         shared_memory: SharedMemoryConfig,
         data_connections: DataConnectionMode,
+        proxy: str,
     ) -> None:
         self.address = address
         self._shared_memory = shared_memory
-        self._data_host = data_port.host_of(address, data_connections)
+        # Data connections are direct: who has to go through a proxy cannot make them.
+        self._data_host = data_port.host_of(address, "off" if proxy else data_connections)
         heap.keep_freed_memory()
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, proxy)
         self.stub = router_pb2_grpc.RouterServiceStub(self._channel)
         self._stream: FrameStream | None = None
 
@@ -107,7 +110,9 @@ class AsyncMesh:
         shared_memory: str | SharedMemoryConfig = "off",
         wire_dtype: torch.dtype | str | None = None,
         data_connections: DataConnectionMode = "auto",
+        proxy: str = "",
     ) -> None:
+        self._proxy = check_proxy(proxy)
         self._wire_dtype = narrow.wire_dtype(wire_dtype)
         self._shared_memory = SharedMemoryConfig.of(shared_memory)
         self._data_connections = check_data_connections(data_connections)
@@ -126,7 +131,7 @@ class AsyncMesh:
                 self._links[address] = self._link(address)
 
     def _link(self, address: str) -> _RouterLink:
-        return _RouterLink(address, self._shared_memory, self._data_connections)
+        return _RouterLink(address, self._shared_memory, self._data_connections, self._proxy)
 
     async def _describe(self, deadline: Deadline) -> MeshInfo:
         while True:
@@ -355,8 +360,9 @@ async def _open(
     shared_memory: str | SharedMemoryConfig,
     wire_dtype: torch.dtype | str | None,
     data_connections: DataConnectionMode,
+    proxy: str,
 ) -> AsyncMesh:
-    mesh = AsyncMesh(addresses, shared_memory, wire_dtype, data_connections)
+    mesh = AsyncMesh(addresses, shared_memory, wire_dtype, data_connections, proxy)
     try:
         await mesh.open(timeout)
     except BaseException:
@@ -372,6 +378,7 @@ def connect_async(
     shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
     wire_dtype: torch.dtype | str | None = None,
     data_connections: DataConnectionMode = "auto",
+    proxy: str = "",
 ) -> Connecting:
     """Connects to a cluster by the address of a router, or several, separated by commas.
 
@@ -388,8 +395,13 @@ def connect_async(
 
     Requests go over a TCP connection of their own, beside the gRPC stream that opened it, where the
     router's host can be reached at its data port; with `data_connections` "off", over gRPC always.
+
+    Proxies that the environment names are not used. `proxy`, "http://host:port", is one that takes
+    CONNECT: every byte goes through it then, over gRPC, but to hosts that `no_proxy` names.
     """
-    opening = _open(_addresses(address), timeout, shared_memory, wire_dtype, data_connections)
+    opening = _open(
+        _addresses(address), timeout, shared_memory, wire_dtype, data_connections, proxy
+    )
     return Connecting(opening)
 
 
@@ -400,9 +412,12 @@ def connect(
     shared_memory: SharedMemoryMode | SharedMemoryConfig = "off",
     wire_dtype: torch.dtype | str | None = None,
     data_connections: DataConnectionMode = "auto",
+    proxy: str = "",
 ) -> Mesh:
     """The blocking, thread-safe twin of `connect_async`."""
-    opening = _open(_addresses(address), timeout, shared_memory, wire_dtype, data_connections)
+    opening = _open(
+        _addresses(address), timeout, shared_memory, wire_dtype, data_connections, proxy
+    )
     return Mesh(loop.run(opening))
 
 
@@ -412,18 +427,17 @@ def _is_loopback(address: str) -> bool:
 
 
 def _addresses(address: str) -> list[str]:
+    """The addresses that a text names, separated by commas. Raises InvalidRequestError."""
     if not isinstance(address, str):
         raise InvalidRequestError(f"address is {address!r}, expected 'host:port'", field="address")
-    # Our servers speak IPv4, and say 127.0.0.1 of themselves: one router, one name.
-    addresses = [part.strip() for part in address.split(",") if part.strip()]
-    addresses = [
-        f"127.0.0.1:{part.rpartition(':')[2]}" if part.startswith("localhost:") else part
-        for part in addresses
-    ]
-    for part in addresses:
-        host, _, port = part.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-            raise InvalidRequestError(f"address is {part!r}, expected host:port", field="address")
-    if not addresses:
+    parts = [part.strip() for part in address.split(",") if part.strip()]
+    if not parts:
         raise InvalidRequestError("address is empty, expected host:port", field="address")
-    return addresses
+    return [_address(part) for part in parts]
+
+
+def _address(text: str) -> str:
+    address = parse_address(text, "address", InvalidRequestError)
+    # Our servers speak IPv4, and say 127.0.0.1 of themselves: one router, one name.
+    host = "127.0.0.1" if address.host.lower() == "localhost" else address.host
+    return format_address(host, address.port)

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import grpc
 import ray
 
-from expertmesh.errors import ConfigError, MeshError
-from expertmesh.v1 import control_pb2, control_pb2_grpc, router_pb2
+from expertmesh.errors import ConfigError, DeadlineError, MeshError, UnavailableError
+from expertmesh.rpc.address import parse_address
+from expertmesh.v1 import router_pb2
+from fleet import control
 
 _POLL_S = 0.2
-_ANSWERS_S = 5.0  # a controller that is there answers within this
 #: Nothing new for this long while servers start: give up and say who is missing.
 STALLED_S = 180.0
 #: The same where Ray's autoscaler may first have to get a node, and that node an image.
@@ -22,13 +22,12 @@ NODE_STALLED_S = 1200.0
 
 def check_controller(address: str) -> None:
     """Raises ConfigError when no load controller answers at "host:port"."""
+    parse_address(address, "controller")
     try:
-        with grpc.insecure_channel(address) as channel:
-            stub = control_pb2_grpc.ControlServiceStub(channel)
-            stub.GetClusterLoad(control_pb2.GetClusterLoadRequest(), timeout=_ANSWERS_S)
-    except grpc.RpcError as error:
+        control.cluster_load(address)
+    except (UnavailableError, DeadlineError) as error:
         raise ConfigError(
-            f"no load controller answers at {address!r} ({error.code().name}): is that its "
+            f"no load controller answers at {address!r} ({error.code.name}): is that its "
             "address, and does it run?"
         ) from None
 

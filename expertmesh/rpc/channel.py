@@ -1,11 +1,17 @@
-"""Channels to our servers, with the options that tensors and moving pods need."""
+"""Channels to our servers, with the options that tensors and moving pods need.
+
+Nobody else of ours opens one: `tests/repo/test_channels.py`.
+"""
 
 from __future__ import annotations
+
+from urllib.parse import urlsplit
 
 import grpc
 import grpc.aio
 
 from expertmesh.config import RpcConfig
+from expertmesh.errors import InvalidRequestError
 
 _SLACK_BYTES = 8 << 20  # ids, weights and headers beside the hidden states
 
@@ -34,6 +40,37 @@ def max_message_bytes(config: RpcConfig) -> int:
     return config.max_request_bytes + _SLACK_BYTES
 
 
-def open_channel(endpoint: str) -> grpc.aio.Channel:
-    """An insecure channel to "host:port"; connects when first used."""
-    return grpc.aio.insecure_channel(endpoint, options=list(CHANNEL_OPTIONS))
+def open_channel(endpoint: str, proxy: str = "") -> grpc.aio.Channel:
+    """An insecure channel to "host:port"; connects when first used.
+
+    It connects directly, whatever `http_proxy`, `https_proxy` or `grpc_proxy` say in the
+    environment: those are meant for the way out of a site, and gRPC would send even what goes to
+    this machine there. `proxy` names one that shall be used, as `check_proxy` takes it.
+    """
+    return grpc.aio.insecure_channel(endpoint, options=[*CHANNEL_OPTIONS, *_proxy_options(proxy)])
+
+
+def _proxy_options(proxy: str) -> list[tuple[str, int | str]]:
+    return [("grpc.http_proxy", proxy)] if proxy else [("grpc.enable_http_proxy", 0)]
+
+
+def check_proxy(proxy: str) -> str:
+    """The proxy itself: "http://[user:password@]host:port", or empty for none.
+
+    Raises InvalidRequestError, which does not repeat a password: gRPC would go without a proxy that
+    it cannot read.
+    """
+    try:
+        parts = urlsplit(proxy)
+        is_proxy = parts.scheme == "http" and bool(parts.hostname and parts.port)
+        is_proxy &= not (parts.path.strip("/") or parts.query or parts.fragment)
+    except (AttributeError, TypeError, ValueError):
+        is_proxy = False
+    if proxy != "" and not is_proxy:
+        shown = "given" if "@" in str(proxy) else repr(proxy)
+        raise InvalidRequestError(
+            f"proxy is {shown}, expected http://host:port or http://user:password@host:port of a "
+            "proxy that takes CONNECT",
+            field="proxy",
+        )
+    return proxy
