@@ -8,15 +8,29 @@ from pathlib import Path
 from expert_service.kernels import BACKENDS, DEVICES, WEIGHTS
 from expertmesh.config import AutoscaleConfig, RebalanceConfig
 from expertmesh.errors import ConfigError
+from expertmesh.rpc.address import parse_address
 
 _LAST_PORT = 65535
 
 
 def checked_path(checkpoint: str | Path) -> Path:
-    """The folder, absolute; whether it is there is for the checkpoint to say."""
+    """The folder, absolute; whether it is there is for the checkpoint to say.
+
+    Links in it stay as they are: every node follows its own, and one whose link leads to a local
+    copy has the checkpoint under the same path.
+    """
     if not isinstance(checkpoint, str | os.PathLike):
         raise ConfigError(f"checkpoint is {checkpoint!r}, expected the path of a folder")
-    return Path(checkpoint).expanduser().resolve()
+    try:
+        return Path(checkpoint).expanduser().absolute()
+    except (OSError, RuntimeError) as error:  # no home folder, or the current one is gone
+        raise ConfigError(f"checkpoint is {str(checkpoint)!r}: {error}") from None
+
+
+def check_ray_address(address: str | None) -> None:
+    """Raises ConfigError for what is neither None nor "auto" nor the "host:port" of a Ray."""
+    if address not in (None, "auto"):
+        parse_address(address, "ray_address")
 
 
 def check_choices(port: int, routers: int, backend: str, device: str, weights: str) -> None:

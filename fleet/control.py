@@ -18,6 +18,7 @@ import numpy.typing as npt
 from expertmesh.client import connect
 from expertmesh.errors import InvalidRequestError
 from expertmesh.rpc import loop, status
+from expertmesh.rpc.address import parse_address
 from expertmesh.rpc.channel import open_channel
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import control_pb2_grpc
@@ -30,6 +31,7 @@ _MIGRATE_S = 3600.0  # gigabytes from slow disks; the migration goes on when nob
 
 
 async def _call(address: str, method: str, request: Any, timeout_s: float = _TIMEOUT_S) -> Any:
+    parse_address(address, "controller", InvalidRequestError)
     async with open_channel(address) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         try:
@@ -43,8 +45,6 @@ def set_balance_mode(address: str, mode: str, *, reset: bool = False) -> int:
 
     Raises InvalidRequestError for an address that is none, UnavailableError.
     """
-    if ":" not in address:
-        raise InvalidRequestError(f"controller is {address!r}, expected host:port")
     answer = loop.run(
         _call(address, "SetBalanceMode", pb.SetBalanceModeRequest(mode=mode, reset=reset))
     )

@@ -37,7 +37,13 @@ from expertmesh.placement import initial_parts
 from expertmesh.v1 import router_pb2
 from fleet import ray_session, state
 from fleet.actors import LoadControllerActor, RouterActor, RouterOptions
-from fleet.arguments import check_autoscale, check_choices, check_counts, checked_path
+from fleet.arguments import (
+    check_autoscale,
+    check_choices,
+    check_counts,
+    check_ray_address,
+    checked_path,
+)
 from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
 from fleet.ports import metrics_ports
 from fleet.ray_session import RaySession
@@ -193,6 +199,7 @@ def launch(
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
     check_choices(port, routers, backend, device, weights)
+    check_ray_address(ray_address)
     if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
         device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)

@@ -16,6 +16,7 @@ from ray._private.node import Node
 
 from expertmesh.errors import ConfigError
 from expertmesh.rpc import engine
+from expertmesh.rpc.address import parse_address
 
 _PROBE_S = 3.0  # to find out whether anybody listens at a Ray address
 _LINES = 5  # of what a process of Ray's said before it ended
@@ -122,12 +123,12 @@ def _last_words(logs: Path, name: str) -> str:
 
 def _probe(address: str) -> None:
     """Raises ConfigError when nobody listens at "host:port": Ray would try for minutes."""
-    if address == "auto" or "://" in address:
+    if address == "auto":
         return
-    host, _, port = address.rpartition(":")
+    at = parse_address(address, "ray_address")
     try:
-        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
-    except (OSError, ValueError, OverflowError) as error:
+        socket.create_connection((at.host, at.port), timeout=_PROBE_S).close()
+    except OSError as error:
         raise ConfigError(
             f"cannot join Ray at {address!r}: {error}; is it running there? see `ray status`"
         ) from None
