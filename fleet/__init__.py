@@ -1,5 +1,6 @@
 """The cluster as a whole: launch on Ray, supervise, command line."""
 
-from fleet.launch import Cluster, launch
+from fleet.cluster import Cluster
+from fleet.launch import launch
 
 __all__ = ["Cluster", "launch"]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 import torch
@@ -19,7 +17,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from expert_service.actor import ExpertServerActor, ExpertServerOptions
 from expert_service.server import parse_dtype
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.client import connect
 from expertmesh.config import (
     AutoscaleConfig,
     BalanceConfig,
@@ -34,7 +31,6 @@ from expertmesh.config import (
 from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
 from expertmesh.placement import initial_parts
-from expertmesh.v1 import router_pb2
 from fleet import ray_session, state
 from fleet.actors import LoadControllerActor, RouterActor, RouterOptions
 from fleet.arguments import (
@@ -44,10 +40,10 @@ from fleet.arguments import (
     check_ray_address,
     checked_path,
 )
+from fleet.cluster import Cluster
 from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
 from fleet.ports import metrics_ports
-from fleet.ray_session import RaySession
-from fleet.ready import Progress, get, has_ended, wait_ready
+from fleet.ready import Progress, get, wait_ready
 from fleet.resources import (
     SERVICE_CPUS,
     Node,
@@ -57,87 +53,11 @@ from fleet.resources import (
     share_of_the_rest,
 )
 from fleet.roster import Roster, namespace_of, server_options
+from fleet.steps import step
 from fleet.supervisor_actor import SUPERVISOR, SupervisorActor, SupervisorOptions
 
 _POLL_S = 0.1
 _FREE_S = 5.0  # what a cluster that has just ended held is free again within this
-_ANSWER_S = 5.0  # a server that has started answers within this
-_STOP_S = 15.0  # a stopping actor may take this long to drain before it is killed
-
-
-class Cluster:
-    """A running cluster. It lives until it is closed, or until the process that made it ends."""
-
-    def __init__(self, session: RaySession, folder: Path) -> None:
-        self._session = session
-        self._folder = folder
-        self.controller: Any = None
-        self.routers: list[Any] = []
-        self._started: dict[str, Any] = {}  # expert servers' actors by server id
-        self.roster: Roster | None = None  # finds them, where they come and go
-        self.supervisor: Any = None
-        self.addresses: list[str] = []
-        self.controller_address = ""
-        self._closed = False
-
-    @property
-    def address(self) -> str:
-        """ "host:port" of the router; several, separated by commas, when there are several."""
-        return ",".join(self.addresses)
-
-    @property
-    def servers(self) -> dict[str, Any]:
-        """Actors by server id; where they are supervised, those that there are now."""
-        return self._started if self.roster is None else self.roster.actors()
-
-    @servers.setter
-    def servers(self, actors: dict[str, Any]) -> None:
-        self._started = actors
-
-    def endpoints(self) -> dict[str, str]:
-        """ "host:port" of every expert server, by server id.
-
-        Those that were drained are left out; where a supervisor adds servers, also those that have
-        not started yet.
-        """
-        asked = {name: actor.endpoint.remote() for name, actor in self.servers.items()}
-        if self.roster is not None:
-            up, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
-            asked = {name: ref for name, ref in asked.items() if ref in up}
-        return {
-            name: get(ref, f"expert server {name}")
-            for name, ref in asked.items()
-            if not has_ended(ref)
-        }
-
-    def status(self) -> router_pb2.GetStatusResponse:
-        """A router's view of the cluster."""
-        with connect(self.address) as mesh:
-            return mesh.status()
-
-    def close(self) -> None:
-        """Drains and ends every actor of this cluster, and Ray if it was started for it."""
-        if self._closed:
-            return
-        self._closed = True
-        _stop_all([] if self.supervisor is None else [self.supervisor])  # it adds none from now on
-        for group in (self.routers, list(self.servers.values()), [self.controller]):
-            _stop_all([actor for actor in group if actor is not None])
-        if self.addresses:
-            state.forget(self.address)
-        self._session.leave()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def launch(
@@ -231,12 +151,14 @@ def launch(
     session = ray_session.connect(ray_address)
     # What starts with one command on one machine is advertised to that machine.
     host = "127.0.0.1" if session.local else ""
-    cluster = Cluster(session, Path(tempfile.mkdtemp(prefix="expertmesh-")))
-    try:
+    cluster = Cluster(session)
+    with ExitStack() as undo:
+        undo.push(step("closing a cluster that did not start", cluster.close))
+        folder = cluster.make_folder()
         request = fixed or _plan(parts, replicas, spec, held_dtype, device, services)
         if not controller:
-            _start_services(cluster, path, run_dtype, balance, rebalance, server_rates, between,
-                            port, routers, host, ports.services)  # fmt: skip
+            _start_services(cluster, folder, path, run_dtype, balance, rebalance, server_rates,
+                            between, port, routers, host, ports.services)  # fmt: skip
         template = ExpertServerOptions(
             checkpoint=str(path),
             slots=(),
@@ -252,7 +174,7 @@ def launch(
             host=host,
         )
         if autoscale is None:
-            cluster.servers = start_servers(parts, replicas, request, template, ports.servers)
+            start_servers(parts, replicas, request, template, ports.servers, cluster.servers)
         else:
             options = SupervisorOptions(
                 checkpoint=str(path),
@@ -272,9 +194,7 @@ def launch(
         else:
             wait_ready(cluster._started, cluster.addresses, progress, patience_s)
             _remember(cluster, command)
-    except BaseException:
-        cluster.close()
-        raise
+        undo.pop_all()
     return cluster
 
 
@@ -337,14 +257,14 @@ def _nodes() -> list[Node]:
 
 
 def _start_services(
-    cluster: Cluster, path: Path, dtype: torch.dtype, balance: BalanceConfig,
+    cluster: Cluster, folder: Path, path: Path, dtype: torch.dtype, balance: BalanceConfig,
     rebalance: RebalanceConfig | None, server_rates: ServerRates, config: RouterConfig, port: int,
     routers: int, host: str, metrics: Sequence[int | None],
 ) -> None:  # fmt: skip
     """Starts controller and routers on this process's node, where their files are."""
     options = _beside_us()
     cluster.controller = LoadControllerActor.options(**options).remote(  # type: ignore[attr-defined]
-        str(cluster._folder / "controller.sqlite"),
+        str(folder / "controller.sqlite"),
         balance,
         rebalance,
         server_rates,
@@ -360,7 +280,7 @@ def _start_services(
             controller=cluster.controller_address,
             port=port + index if port else 0,
             host=host,
-            port_file=str(cluster._folder / f"router-{index}.port"),
+            port_file=str(folder / f"router-{index}.port"),
             metrics_port=metrics[1 + index],
             config=config,
         )
@@ -398,24 +318,17 @@ def start_servers(
     request: Request,
     template: ExpertServerOptions,
     metrics_ports: Sequence[int | None] | None = None,
+    servers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One actor for each part and replica, by server id; `template` says what they share.
 
     `metrics_ports` has one for each, in the order in which they start; without it none has any.
+    They are put into `servers`, each as soon as it is asked for, where that is given.
     """
-    servers: dict[str, Any] = {}
+    servers = {} if servers is None else servers
     for server_id, part in named_parts(parts, replicas):
         actor = ExpertServerActor.options(**server_options(request))  # type: ignore[attr-defined]
         port = metrics_ports[len(servers)] if metrics_ports else None
         options = replace(template, slots=tuple(part), server_id=server_id, metrics_port=port)
         servers[server_id] = actor.remote(options)
     return servers
-
-
-def _stop_all(actors: Sequence[Any]) -> None:
-    """Asks all at once to stop, waits for all, then ends their processes."""
-    stops = [actor.stop.remote() for actor in actors]
-    if stops:
-        ray.wait(stops, num_returns=len(stops), timeout=_STOP_S)
-    for actor in actors:
-        ray.kill(actor)

@@ -63,15 +63,17 @@ def connect(address: str | None) -> RaySession:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**_arguments(address))
-    except Exception as error:  # Ray raises bare ones, too
-        ray.shutdown()
+    except BaseException as error:  # Ray raises bare ones, too; or somebody has pressed Ctrl-C
+        ended = _give_up(error)
+        if not isinstance(error, Exception):
+            raise
         what = f"join Ray at {address!r}" if address else "start Ray on this machine"
-        why = "".join((str(error), *_abandon(error)))
-        raise ConfigError(f"cannot {what}: {why}") from None
-    # Ray takes SIGTERM over. A process without a handler of its own would end at once, and leave
-    # its cluster to itself, so there Ray's stays.
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+        raise ConfigError(f"cannot {what}: {''.join((str(error), *ended))}") from None
+    finally:
+        # Ray takes SIGTERM over. A process without a handler of its own would end at once, and
+        # leave its cluster to itself, so there Ray's stays.
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     _session = RaySession(ours=True, local=address is None)
     return _session.join()
 
@@ -83,7 +85,16 @@ def _arguments(address: str | None) -> dict[str, Any]:
     return {"address": address, **quiet}
 
 
-def _abandon(error: Exception) -> list[str]:
+def _give_up(error: BaseException) -> list[str]:
+    """Ends what had started when `error` came; what is to be said of it."""
+    try:
+        ray.shutdown()
+    finally:
+        ended = _abandon(error)
+    return ended
+
+
+def _abandon(error: BaseException) -> list[str]:
     """Ends what a node that did not start has started, and says which of it had ended by itself.
 
     Ray forgets such a node and leaves its processes running: nothing but the frames of the error

@@ -1,13 +1,20 @@
-"""The last cluster started on this host: a small file that the commands read."""
+"""The last cluster started on this host: a small file that the commands read.
+
+It is a convenience of the commands: a cluster starts and ends as well where it cannot be written.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from expertmesh.errors import ConfigError
+from expertmesh.rpc.address import parse_address
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +37,20 @@ def started(pid: int) -> str:
 
 
 def state_folder() -> Path:
-    """The folder for this user's state: XDG_STATE_HOME/expertmesh."""
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "expertmesh"
+    """The folder for this user's state: XDG_STATE_HOME/expertmesh, ~/.local/state/expertmesh.
+
+    Raises ConfigError for a user without a home folder.
+    """
+    named = os.environ.get("XDG_STATE_HOME", "")
+    if Path(named).is_absolute():  # the XDG specification: others are to be ignored
+        return Path(named) / "expertmesh"
+    try:
+        return Path.home() / ".local" / "state" / "expertmesh"
+    except RuntimeError:
+        raise ConfigError(
+            "this user has no home folder: set HOME, or XDG_STATE_HOME to a folder that can be "
+            "written"
+        ) from None
 
 
 def _file() -> Path:
@@ -40,25 +58,70 @@ def _file() -> Path:
 
 
 def remember(cluster: LastCluster) -> None:
-    """Makes this the last cluster."""
-    _file().parent.mkdir(parents=True, exist_ok=True)
-    fresh = _file().with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(asdict(cluster)))
-    fresh.replace(_file())
+    """Makes this the last cluster; where that cannot be noted, the log says so."""
+    try:
+        _write(json.dumps(asdict(cluster)))
+    except (OSError, ConfigError) as error:
+        _log.warning(
+            "the cluster cannot be noted (%s): `expertmesh down` will not find it, other commands "
+            "with --router %s", error, cluster.address,
+        )  # fmt: skip
+
+
+def _write(text: str) -> None:
+    file = _file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(f".{os.getpid()}")
+    try:
+        fresh.write_text(text)
+        fresh.replace(file)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def forget(address: str) -> None:
-    """Removes the file if it still names this cluster."""
-    last = recall()
-    if last is not None and last.address == address:
-        _file().unlink(missing_ok=True)
+    """Removes the file if it still names this cluster; where it cannot be, the log says so."""
+    try:
+        last = recall()
+        if last is not None and last.address == address:
+            _file().unlink(missing_ok=True)
+    except (OSError, ConfigError) as error:
+        _log.warning("the note of the last cluster stays: %s", error)
 
 
 def recall() -> LastCluster | None:
-    """The last cluster, None when there is none."""
+    """The last cluster, None when there is none. Raises ConfigError when that cannot be read."""
+    file = _file()
     try:
-        return LastCluster(**json.loads(_file().read_text()))
+        return _parse(file.read_text())
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{_file()} cannot be read ({error}): remove it") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}), which names the last cluster of this "
+            "host: mend that, or name a router with --router HOST:PORT"
+        ) from None
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise ConfigError(
+            f"{file} does not name a cluster ({error}): remove it, and name a router with --router "
+            "HOST:PORT"
+        ) from None
+
+
+def _parse(text: str) -> LastCluster:
+    """Raises ValueError and ConfigError for anything that `remember` would not have written.
+
+    `down` sends a signal to the process: a pid of -1 would be every process there is.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.keys() != {each.name for each in fields(LastCluster)}:
+        raise ValueError("other fields are expected")
+    last = LastCluster(**found)
+    for each in str(last.address).split(","):
+        parse_address(each)
+    if type(last.pid) is not int or last.pid < 1:
+        raise ValueError(f"pid is {last.pid!r}")
+    if not (isinstance(last.started, str) and last.started and isinstance(last.command, str)):
+        raise ValueError(f"started is {last.started!r}, command {last.command!r}")
+    return last

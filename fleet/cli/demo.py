@@ -8,14 +8,14 @@ import os
 import shutil
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from expertmesh.errors import ConfigError
 from fleet.cli import demo_report
 from fleet.cli.interrupts import Interrupts
-from fleet.cli.output import emit, loading_bars
+from fleet.cli.output import can_show, emit, loading_bars
 from fleet.demo import run_demo
 from fleet.launch import launch
 
@@ -55,16 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
     say = _silent if quiet else emit
     say(f"Serving {path.name}: {arguments.shards} shards x {arguments.replicas} replicas on Ray.")
     started = time.perf_counter()
-    with loading_bars(quiet=quiet, check=interrupts.check) as progress:
-        cluster = launch(
-            path,
-            shards=arguments.shards,
-            replicas=arguments.replicas,
-            dtype="float32",  # so that the text can be compared with one process's, to the byte
-            progress=progress,
-            command=NAME,
-        )
-    with cluster:
+    with ExitStack() as stack:
+        with loading_bars(quiet=quiet, check=interrupts.check) as progress:
+            cluster = stack.enter_context(
+                launch(
+                    path,
+                    shards=arguments.shards,
+                    replicas=arguments.replicas,
+                    dtype="float32",  # so that the text can be compared with one process's
+                    progress=progress,
+                    command=NAME,
+                )
+            )
         ready_s = time.perf_counter() - started
         say(f"READY {cluster.address} after {ready_s:.1f} s.\n")
         # Ray has much to say about the death of an actor; here it is meant to die.
@@ -75,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     if quiet:
         emit(json.dumps(result.as_json()))
     else:
-        emit(demo_report.render(result, width=_width()))
+        bars = demo_report.BARS if can_show(demo_report.BARS) else demo_report.ASCII_BARS
+        emit(demo_report.render(result, _width(), bars))
     return 0 if result.all_right else 1
 
 

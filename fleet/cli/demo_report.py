@@ -7,11 +7,12 @@ import textwrap
 from fleet.demo import DemoResult
 
 PROMPT = "    def close(self):\n        "
-_BARS = " ▁▂▃▄▅▆▇█"
+BARS = " ▁▂▃▄▅▆▇█"
+ASCII_BARS = " .:-=+*#%"  # for a terminal that has no others
 
 
-def render(result: DemoResult, width: int) -> str:
-    """Text, verdicts, load table, measurements."""
+def render(result: DemoResult, width: int, bars: str = BARS) -> str:
+    """Text, verdicts, load table, measurements. `bars` are characters from low to high."""
     parts = [
         _heading("Text", width),
         textwrap.indent(result.prompt + result.remote.text, "  "),
@@ -20,7 +21,7 @@ def render(result: DemoResult, width: int) -> str:
         *_checks(result),
         "",
         _heading("Load: assignments of each expert", width),
-        *_load(result),
+        *_load(result, bars),
         "",
         _heading("Measured on this machine", width),
         *_measured(result),
@@ -61,15 +62,15 @@ def _verdict(holds: bool, text: str) -> str:
     return f"  {'ok ' if holds else 'NO '} {text}"
 
 
-def _load(result: DemoResult) -> list[str]:
+def _load(result: DemoResult, bars: str) -> list[str]:
     lines = [f"  {'layer':>5}  {'MaxVio':>6}  {'busiest':>12}  {'idlest':>12}  experts 0 .. E-1"]
     for layer, counts in sorted(result.counts.items()):
         high, low = max(counts), min(counts)
-        bars = "".join(_BARS[round(count / max(high, 1) * (len(_BARS) - 1))] for count in counts)
+        shown = "".join(bars[round(count / max(high, 1) * (len(bars) - 1))] for count in counts)
         lines.append(
             f"  {layer:>5}  {result.maxvio[layer]:>6.2f}  "
             f"{f'{high} (#{counts.index(high)})':>12}  {f'{low} (#{counts.index(low)})':>12}  "
-            f"|{bars}|"
+            f"|{shown}|"
         )
     return lines
 

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"the cluster at {last.address} belongs to process {last.pid}, which started it with "
             "fleet.launch: close it there"
         )
-    os.kill(last.pid, signal.SIGTERM)
+    _terminate(last)
     end = time.monotonic() + _WAIT_S
     while _alive(last):
         if time.monotonic() > end:
@@ -46,6 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
         time.sleep(_POLL_S)
     state.forget(last.address)
     return _say(arguments, f"the cluster at {last.address} has ended", last)
+
+
+def _terminate(last: state.LastCluster) -> None:
+    """Asks the process to end. Raises ConfigError where it is not ours to ask."""
+    try:
+        os.kill(last.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        return  # it has ended meanwhile
+    except PermissionError:
+        raise ConfigError(
+            f"the cluster at {last.address} belongs to process {last.pid} of another user: only "
+            "they can end it"
+        ) from None
 
 
 def _alive(last: state.LastCluster) -> bool:

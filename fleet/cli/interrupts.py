@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM for commands that start a cluster: neither is ever lost."""
+"""SIGINT, SIGTERM and SIGHUP for commands that start a cluster: none is ever lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interrupts:
-    """Turns both signals into KeyboardInterrupt, and remembers them.
+    """Turns these signals into KeyboardInterrupt, and remembers them.
 
     Python raises KeyboardInterrupt wherever the main thread happens to be. Where that is a
     destructor or a callback of a library, the exception is swallowed: `check` raises it again.
@@ -20,6 +20,8 @@ class Interrupts:
         self._raising = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._take)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` lets it be ignored
+            signal.signal(signal.SIGHUP, self._take)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._seen.set()

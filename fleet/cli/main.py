@@ -27,7 +27,7 @@ from fleet.cli import (
     status,
     top,
 )
-from fleet.cli.output import as_json, emit
+from fleet.cli.output import as_json, emit, prepare_output
 
 _DESCRIPTION = """Serve the experts of Mixture-of-Experts models as a cluster.
 
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. The exit code."""
     arguments = build_parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
+    prepare_output()
     try:
         # Ray prints notices on standard output, which is for what the command has to say.
         with redirect_stdout(sys.stderr):

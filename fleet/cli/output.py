@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +18,32 @@ from expertmesh.v1 import router_pb2
 ShowStatus = Callable[[router_pb2.GetStatusResponse], None]
 
 
+def prepare_output() -> None:
+    """Makes standard output take every character: what it has no code for becomes a "?"."""
+    if isinstance(sys.__stdout__, io.TextIOWrapper):
+        sys.__stdout__.reconfigure(errors="replace")
+
+
+def can_show(text: str) -> bool:
+    """Whether standard output has a code for every character."""
+    try:
+        text.encode(getattr(sys.__stdout__, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def emit(text: str, end: str = "\n") -> None:
-    """Prints what the command has to say. What libraries print goes elsewhere: see `main`."""
-    print(text, end=end, file=sys.__stdout__, flush=True)
+    """Prints what the command has to say. What libraries print goes elsewhere: see `main`.
+
+    Where nobody reads any more, as after `| head -1`, the command goes on and says no more.
+    """
+    try:
+        print(text, end=end, file=sys.__stdout__, flush=True)
+    except BrokenPipeError:
+        assert sys.__stdout__ is not None
+        # Python would try once more at its end, and say that it failed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 def as_json(error: MeshError) -> dict[str, Any]:

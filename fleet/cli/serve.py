@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from typing import get_args
 
 from expertmesh.config import (
@@ -100,37 +101,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal. The exit code."""
     interrupts = Interrupts()
-    with loading_bars(quiet=arguments.json, check=interrupts.check) as progress:
-        cluster = launch(
-            arguments.checkpoint,
-            shards=arguments.shards,
-            replicas=arguments.replicas,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            ray_address=arguments.ray_address,
-            port=arguments.port,
-            balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
-            routers=arguments.routers,
-            backend=arguments.backend,
-            weights=arguments.weights,
-            numa=arguments.numa,
-            controller=arguments.controller,
-            cpus_per_server=arguments.cpus_per_server,
-            metrics_port=arguments.metrics_port,
-            autoscale=(
-                None
-                if arguments.autoscale is None
-                else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
-            ),
-            rebalance=rebalance_config(arguments.rebalance),
-            server_rates=arguments.server_rates,
-            shared_memory=arguments.shared_memory,
-            data_connections=arguments.data_connections,
-            wire_dtype=arguments.wire_dtype,
-            progress=progress,
-            command=NAME,
-        )
-    with cluster:
+    with ExitStack() as stack:
+        with loading_bars(quiet=arguments.json, check=interrupts.check) as progress:
+            cluster = stack.enter_context(
+                launch(
+                    arguments.checkpoint,
+                    shards=arguments.shards,
+                    replicas=arguments.replicas,
+                    device=arguments.device,
+                    dtype=arguments.dtype,
+                    ray_address=arguments.ray_address,
+                    port=arguments.port,
+                    balance=BalanceConfig.of(arguments.balance).with_settings(arguments.set),
+                    routers=arguments.routers,
+                    backend=arguments.backend,
+                    weights=arguments.weights,
+                    numa=arguments.numa,
+                    controller=arguments.controller,
+                    cpus_per_server=arguments.cpus_per_server,
+                    metrics_port=arguments.metrics_port,
+                    autoscale=(
+                        None
+                        if arguments.autoscale is None
+                        else AutoscaleConfig().with_settings(arguments.autoscale.split(","))
+                    ),
+                    rebalance=rebalance_config(arguments.rebalance),
+                    server_rates=arguments.server_rates,
+                    shared_memory=arguments.shared_memory,
+                    data_connections=arguments.data_connections,
+                    wire_dtype=arguments.wire_dtype,
+                    progress=progress,
+                    command=NAME,
+                )
+            )
         endpoints = cluster.endpoints()
         if arguments.json:
             ready = {"event": "READY", "address": cluster.address, "experts": endpoints}

@@ -18,7 +18,7 @@ from expertmesh.config import AutoscaleConfig
 from expertmesh.model import Slot
 from expertmesh.v1 import control_pb2 as pb
 from fleet import control, launch
-from fleet.launch import Cluster
+from fleet.cluster import Cluster
 from fleet.resources import Request
 from fleet.roster import Roster
 from tests.checkpoints import make_checkpoint

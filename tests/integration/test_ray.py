@@ -272,6 +272,24 @@ def test_serve_status_and_down_work_together(
     assert again_code == 1
 
 
+def test_a_terminal_that_is_closed_ends_the_cluster_and_its_note(
+    checkpoint: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    with _expertmesh(
+        "serve", str(checkpoint[0]), "--shards", "1", "--port", "0", "--json", state=tmp_path
+    ) as serve:
+        assert serve.stdout is not None
+        line = serve.stdout.readline()
+        assert line, serve.communicate()[1]
+        noted = (tmp_path / "expertmesh" / "last-cluster.json").exists()
+        serve.send_signal(signal.SIGHUP)
+        serve.communicate(timeout=_COMMAND_S)
+
+    assert noted
+    assert serve.returncode == 0
+    assert list((tmp_path / "expertmesh").iterdir()) == []
+
+
 def test_serve_refuses_a_checkpoint_that_it_cannot_serve(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "perceptron"}')
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
+from ray._private.node import Node
 
 from expertmesh import ConfigError
 from expertmesh.rpc import engine
@@ -29,6 +31,30 @@ def test_what_had_started_ends_when_ray_cannot_be_started(monkeypatch: pytest.Mo
     logs = Path(said.rpartition("Ray's logs are in ")[2])
     assert (logs / "gcs_server.out").exists(), "Ray's first process had started"
     assert set(psutil.Process().children()) == before
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_had_started_ends_when_the_start_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    ray.shutdown()
+    before = set(psutil.Process().children())
+    handler = signal.getsignal(signal.SIGTERM)
+    started: list[psutil.Process] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        started.extend(set(psutil.Process().children()) - before)
+        raise error
+
+    monkeypatch.setattr(Node, "start_raylet", interrupted)
+
+    with pytest.raises(error):
+        ray_session.connect(None)
+
+    assert started, "Ray's first process had started"
+    assert set(psutil.Process().children()) == before
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert not ray.is_initialized()
 
 
