@@ -1,10 +1,11 @@
-"""A proxy that takes CONNECT, and says what it was asked for. For tests."""
+"""What stands between two machines: a proxy that takes CONNECT, a line that is slow. For tests."""
 
 from __future__ import annotations
 
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -97,3 +98,44 @@ def _tunnel(proxy: Proxy, one: socket.socket, other: socket.socket) -> None:
                     return
                 proxy.tunnelled += len(data)
                 key.data.sendall(data)
+
+
+@contextmanager
+def slow_line(address: str, delay_s: float) -> Iterator[str]:
+    """An address that leads to another one; what is sent arrives so much later, either way."""
+    host, _, port = address.rpartition(":")
+    sockets: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(_BYTES):
+                time.sleep(delay_s)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    def accept(listening: socket.socket) -> None:
+        with suppress(OSError):  # closed: the block has ended
+            while True:
+                caller, _ = listening.accept()
+                called = socket.create_connection((host, int(port)))
+                sockets.extend((caller, called))
+                for ends in ((caller, called), (called, caller)):
+                    threads.append(threading.Thread(target=pump, args=ends))
+                    threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        accepting = threading.Thread(target=accept, args=(listening,))
+        accepting.start()
+        try:
+            yield f"127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            accepting.join()
+            for each in sockets:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join()
+            for each in sockets:
+                each.close()

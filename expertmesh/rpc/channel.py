@@ -15,10 +15,10 @@ from expertmesh.errors import InvalidRequestError
 
 _SLACK_BYTES = 8 << 20  # ids, weights and headers beside the hidden states
 
-#: Both ends: message sizes are bounded by our own limits; dead peers are noticed within 30 s even
-#: when no packet says so; nothing waits two minutes to reconnect.
 #: What an HTTP/2 frame may hold, on either side: a chunk with its header, not one in 64 of it.
 FRAME_OPTION = ("grpc.http2.max_frame_size", 2 << 20)
+#: Both ends: message sizes are bounded by our own limits; dead peers are noticed within 30 s even
+#: when no packet says so; nothing waits two minutes to reconnect.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -27,7 +27,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name, how long an attempt to connect may take at least: two round trips over a
+    # slow line, or to a host that is busy.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Each of our connections is one persistent stream: sharing one TCP connection between several
     # clients of a process would serialise them.

@@ -1,4 +1,4 @@
-"""Proxies that the environment names are not used; one that the caller names is."""
+"""Proxies that the environment names are not used, one that the caller names is; slow lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fleet import control
 from fleet.external import check_controller
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh
-from tests.proxy import Proxy, connect_proxy, names_a_dead_proxy
+from tests.proxy import Proxy, connect_proxy, names_a_dead_proxy, slow_line
 
 _COMMAND_S = 180.0
 
@@ -146,6 +146,14 @@ def test_one_router_has_one_name(mesh: LocalMesh) -> None:
 
     with expertmesh.connect(f"localhost:{port}, LOCALHOST:{port},127.0.0.1:{port}") as connected:
         assert len(connected._mesh._links) == len(mesh.routers)
+
+
+def test_a_command_reaches_what_is_at_the_end_of_a_slow_line_at_once(mesh: LocalMesh) -> None:
+    """A round trip of 300 ms: nothing is said before the second one is over."""
+    with slow_line(mesh.controller.address, 0.15) as address:
+        fleet = control.get_fleet(address)
+
+    assert len(fleet.servers) == len(mesh.servers)
 
 
 @pytest.mark.ray
