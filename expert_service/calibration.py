@@ -43,10 +43,14 @@ def measure_pairs_per_s(
         return 0.0
     generator = torch.Generator().manual_seed(0)
     k = min(layer.top_k, len(experts))
-    order = torch.rand(_ROWS, len(experts), generator=generator).argsort(1)[:, :k]
-    ids = torch.tensor(experts, dtype=torch.int32)[order].contiguous()
-    hidden = torch.randn(_ROWS, spec.hidden_size, generator=generator).to(dtype)
-    weights = torch.full((_ROWS, k), 1.0 / k)
+    order = torch.rand(
+        _ROWS, len(experts), generator=generator, dtype=torch.float32, device="cpu"
+    ).argsort(1)[:, :k]
+    ids = torch.tensor(experts, dtype=torch.int32, device="cpu")[order].contiguous()
+    hidden = torch.randn(
+        _ROWS, spec.hidden_size, generator=generator, dtype=torch.float32, device="cpu"
+    ).to(dtype)
+    weights = torch.full((_ROWS, k), 1.0 / k, dtype=torch.float32, device="cpu")
 
     backend.compute(layer.index, hidden, ids, weights)  # what is made once, is made here
     began, best_s = clock(), float("inf")

@@ -310,14 +310,14 @@ def combine(
         if len(partials) == 2 and partials[0].dtype == partials[1].dtype == dtype:
             # Of 16-bit types, too, torch adds two in float32, and in one pass.
             return torch.add(partials[0], partials[1], out=room_TH)
-    total = torch.empty(hidden_TH.shape, dtype=dtype) if room_TH is None else room_TH
+    total = torch.empty(hidden_TH.shape, dtype=dtype, device="cpu") if room_TH is None else room_TH
     if kernel is not None and kernel.takes(total, contributions):
         kernel.add(total, contributions)
         return total
     # In blocks that stay in the cache: the float32 sums of a large batch would be twice its size.
     for start in range(0, len(total), _COMBINE_ROWS):
         block = total[start : start + _COMBINE_ROWS]
-        summed = torch.zeros(block.shape, dtype=torch.float32)
+        summed = torch.zeros(block.shape, dtype=torch.float32, device="cpu")
         for rows, partial in contributions:
             _add(summed, start, rows, partial)
         block.copy_(summed)

@@ -88,13 +88,18 @@ def info_of(answer: pb.DescribeResponse, address: str) -> MeshInfo:
 def load_of(answer: pb.GetLoadResponse, info: MeshInfo) -> MeshLoad:
     """Every MoE layer is there, with zeros where nothing was counted yet."""
     experts = {layer.index: layer.num_experts for layer in info.layers if layer.num_experts}
-    gated = {layer: torch.zeros(count, dtype=torch.int64) for layer, count in experts.items()}
+    gated = {
+        layer: torch.zeros(count, dtype=torch.int64, device="cpu")
+        for layer, count in experts.items()
+    }
     caller = {layer: counts.clone() for layer, counts in gated.items()}
     for entry in answer.layers:
         if entry.counts:
-            gated[entry.layer] = torch.tensor(list(entry.counts), dtype=torch.int64)
+            gated[entry.layer] = torch.tensor(list(entry.counts), dtype=torch.int64, device="cpu")
         if entry.caller_gated_counts:
-            caller[entry.layer] = torch.tensor(list(entry.caller_gated_counts), dtype=torch.int64)
+            caller[entry.layer] = torch.tensor(
+                list(entry.caller_gated_counts), dtype=torch.int64, device="cpu"
+            )
     return MeshLoad(
         counts={layer: gated[layer] + caller[layer] for layer in gated},
         router_gated=gated,

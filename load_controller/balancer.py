@@ -261,7 +261,9 @@ class Balancer:
         state = self.layers.get(layer)
         if state is None:
             stale_s = _STALE_WINDOWS * self.config.window_s
-            state = LayerState(torch.zeros(experts), HeldSamples(stale_s))
+            state = LayerState(
+                torch.zeros(experts, dtype=torch.float32, device="cpu"), HeldSamples(stale_s)
+            )
             self.layers[layer] = state
         return state
 

@@ -182,7 +182,8 @@ class _Batch(NamedTuple):
 
     def by_row(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """A vector [E] for each sample, repeated for each of its rows: [T, E]."""
-        return torch.stack(list(vectors)).repeat_interleave(torch.tensor(self.rows), dim=0)
+        repeats = torch.tensor(self.rows, device="cpu")
+        return torch.stack(list(vectors)).repeat_interleave(repeats, dim=0)
 
 
 def _batches(sampled: Sequence[tuple[torch.Tensor, Gate]]) -> Iterator[_Batch]:
@@ -215,7 +216,7 @@ def _changed(
     choice_TE = gating.in_groups(scores_TE + bias_TE, spec)
     least_T = choice_TE.masked_fill(~own_TE, math.inf).amin(1)
     most_T = choice_TE.masked_fill(own_TE, -math.inf).amax(1)
-    changed_T = torch.zeros(len(scores_TE), dtype=torch.int64)
+    changed_T = torch.zeros(len(scores_TE), dtype=torch.int64, device="cpu")
     rows_R = torch.nonzero(~(least_T > most_T))[:, 0]  # not "<=": NaN is neither
     if len(rows_R):
         ids_RK = gating.choose(scores_TE[rows_R], spec, bias_TE[rows_R])

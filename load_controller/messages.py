@@ -41,7 +41,7 @@ def gates_of(request: pb.WatchClusterRequest) -> dict[int, Gate]:
             gating.check_gate(spec, len(entry.trained_bias))
         except ConfigError as error:
             raise InvalidRequestError(error.message, field="gates") from None
-        trained = torch.tensor(list(entry.trained_bias), dtype=torch.float32)
+        trained = torch.tensor(list(entry.trained_bias), dtype=torch.float32, device="cpu")
         gates[entry.layer] = Gate(spec, trained)
     return gates
 

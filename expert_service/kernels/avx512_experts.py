@@ -98,7 +98,7 @@ class Avx512Experts:
         self._row = _OneRow()
         self._x = _ByteRows()
         self._y = {dtype: _Buffer(dtype) for dtype in (torch.bfloat16, torch.float32)}
-        self._identity = torch.arange(_ROW_PAIRS)
+        self._identity = torch.arange(_ROW_PAIRS, device="cpu")
         self._of_thread = threading.local()
 
     def takes(self, rows: int) -> bool:
@@ -159,7 +159,7 @@ class Avx512Experts:
             x_RH = x_RH.contiguous()
         if batch.blocks:
             self._run(experts, self._encode(x_RH), H, batch, y_SH, y_dtype)
-        out_RH = torch.empty(R, H, dtype=y_dtype)
+        out_RH = torch.empty(R, H, dtype=y_dtype, device="cpu")
         out = Matrix(out_RH.data_ptr(), H)
         self._by_rows(R, partial(self._kernels.sum, y_dtype, y_SH, batch.pairs, out, H // BLOCK))
         return out_RH
@@ -261,7 +261,7 @@ class Avx512Experts:
     def _take_identity(self, places: int) -> int:
         """The address of 0, 1, .. places - 1."""
         if places > len(self._identity):
-            self._identity = torch.arange(places)
+            self._identity = torch.arange(places, device="cpu")
         return self._identity.data_ptr()
 
     def _take_h(self, first: int, places: int, width: int) -> _Intermediate:
@@ -294,7 +294,7 @@ class _Buffer:
     """Rows that are reused between calls: fresh memory costs a page fault every 4 KiB."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._values = torch.empty(0, dtype=dtype)
+        self._values = torch.empty(0, dtype=dtype, device="cpu")
         self._size = self._address = 0
 
     def take(self, rows: int, width: int, first: int = 0) -> Matrix:
@@ -328,8 +328,14 @@ class _OneRow:
     """Groups the pairs of a row that is alone: into the same memory again and again, unsorted."""
 
     def __init__(self) -> None:
-        weights, offsets = torch.zeros(_ROW_PAIRS), torch.zeros(2, dtype=torch.int64)
-        rows, places = torch.zeros(_ROW_PAIRS, dtype=torch.int64), torch.arange(_ROW_PAIRS)
+        weights, offsets = (
+            torch.zeros(_ROW_PAIRS, dtype=torch.float32, device="cpu"),
+            torch.zeros(2, dtype=torch.int64, device="cpu"),
+        )
+        rows, places = (
+            torch.zeros(_ROW_PAIRS, dtype=torch.int64, device="cpu"),
+            torch.arange(_ROW_PAIRS, device="cpu"),
+        )
         self._pairs = Pairs.of(rows, weights, places, offsets)
         self._weights, self._offsets = weights.numpy(), offsets.numpy()
 

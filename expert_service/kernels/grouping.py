@@ -111,7 +111,7 @@ def _group_row(ids: list[int], weights: list[float], sizes: BlockSizes) -> Group
         places[rank] = block.start
     return Grouping(
         blocks,
-        torch.zeros(blocks[-1].stop if blocks else 0, dtype=torch.int64),
+        torch.zeros(blocks[-1].stop if blocks else 0, dtype=torch.int64, device="cpu"),
         torch.from_numpy(np.array([weight for _, weight in kept], dtype=np.float32)),
         torch.from_numpy(np.array(places, dtype=np.int64)),
         torch.from_numpy(np.array([0, len(kept)])),

@@ -29,7 +29,7 @@ class NoopBackend:
 
     def __init__(self) -> None:
         self._kernels = compile_kernels("bf16") if has_compiler() else None
-        self._numbers = torch.arange(1)
+        self._numbers = torch.arange(1, device="cpu")
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class NoopBackend:
         factors_R1 = torch.from_numpy(total_R1)
         hidden_RH = hidden_RH.to(partial_dtype(hidden_RH.dtype))
         if rows >= _MANY_ROWS:
-            offsets_R1 = torch.arange(rows + 1)
+            offsets_R1 = torch.arange(rows + 1, device="cpu")
             return sum_by_row(hidden_RH, factors_R1[:, 0], offsets_R1[:-1], offsets_R1)
         out_RH = torch.empty_like(hidden_RH)
         return torch.mul(hidden_RH, factors_R1, out=out_RH)
@@ -83,7 +83,7 @@ class NoopBackend:
         """The sum of one row each, in a call of our own."""
         rows, width = hidden_RH.shape
         if len(self._numbers) <= rows:
-            self._numbers = torch.arange(2 * rows + 1)
+            self._numbers = torch.arange(2 * rows + 1, device="cpu")
         numbers, out_RH = self._numbers, torch.empty_like(hidden_RH)
         places = numbers.data_ptr()
         pairs = Pairs(places, total_R1.ctypes.data, places, places, (numbers,))

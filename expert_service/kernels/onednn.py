@@ -241,11 +241,11 @@ class _RowBuffer:
 
     def __init__(self, width: int) -> None:
         self._width = width
-        self._bytes = torch.zeros(0, dtype=torch.uint8)
+        self._bytes = torch.zeros(0, dtype=torch.uint8, device="cpu")
 
     def take(self, rows: int, dtype: torch.dtype) -> torch.Tensor:
         """[rows, width] of `dtype`, with any content; valid until the next `take`."""
         needed = rows * self._width * dtype.itemsize
         if needed > len(self._bytes):
-            self._bytes = torch.zeros(needed, dtype=torch.uint8)
+            self._bytes = torch.zeros(needed, dtype=torch.uint8, device="cpu")
         return self._bytes[:needed].view(dtype).view(rows, self._width)

@@ -274,7 +274,9 @@ def round_matrix(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _pack_int8(matrix: torch.Tensor) -> Int8Matrix:
     rounded, scale_N = round_matrix(matrix)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-    return Int8Matrix(_in_huge_pages(packed), scale_N, torch.zeros(len(scale_N), dtype=torch.int64))
+    return Int8Matrix(
+        _in_huge_pages(packed), scale_N, torch.zeros(len(scale_N), dtype=torch.int64, device="cpu")
+    )
 
 
 def _in_huge_pages(packed: torch.Tensor) -> torch.Tensor:

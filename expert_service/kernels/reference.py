@@ -61,7 +61,7 @@ class ReferenceBackend:
         weights_RK: torch.Tensor,
     ) -> torch.Tensor:
         """See `Backend.compute`."""
-        out_RH = torch.zeros(hidden_RH.shape, dtype=torch.float32)
+        out_RH = torch.zeros(hidden_RH.shape, dtype=torch.float32, device="cpu")
         for row, (ids, weights) in enumerate(
             zip(expert_ids_RK.tolist(), weights_RK.tolist(), strict=True)
         ):

@@ -230,9 +230,9 @@ class TritonBackend:
 
     def _nothing(self, layer: _Layer, rows: int) -> tuple[torch.Tensor, ...]:
         """A batch that asks for no expert."""
-        hidden = torch.zeros(rows, self._spec.hidden_size, dtype=self._dtype)
-        ids = torch.full((rows, layer.k), -1, dtype=torch.int32)
-        return hidden, ids, torch.zeros(rows, layer.k)
+        hidden = torch.zeros(rows, self._spec.hidden_size, dtype=self._dtype, device="cpu")
+        ids = torch.full((rows, layer.k), -1, dtype=torch.int32, device="cpu")
+        return hidden, ids, torch.zeros(rows, layer.k, dtype=torch.float32, device="cpu")
 
     def _make_room(self, counts: Counter[Format]) -> None:
         """Allocates stacks, all or none. Raises ConfigError."""

@@ -101,7 +101,7 @@ class InterpreterDevice:
 
     def host_bytes(self, num_bytes: int) -> torch.Tensor:
         """See Device."""
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def on(self, lane: Lane) -> AbstractContextManager[object]:
         """See Device."""
@@ -138,7 +138,7 @@ class CudaDevice:
 
     def host_bytes(self, num_bytes: int) -> torch.Tensor:
         """See Device. Torch keeps released pinned memory: only the first use of a size is slow."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def on(self, lane: Lane) -> AbstractContextManager[object]:
         """See Device."""

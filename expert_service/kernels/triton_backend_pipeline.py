@@ -32,7 +32,7 @@ class Pipeline:
         self._usual_k = usual_k
         self._pieces = [_Buffers(device), _Buffers(device)]  # one is copied, one computed
         self._bucket = _Buffers(device)
-        self._bucket_host = torch.empty(0, dtype=torch.uint8)
+        self._bucket_host = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def claim_bucket(self) -> None:
         """Takes the fixed buffers that batches are recorded with."""

@@ -23,10 +23,10 @@ def route(
 ) -> Route:
     """See `triton_route.route`."""
     num_blocks = max_blocks(expert_ids_RK.numel(), num_slots, block_m)
-    pairs = torch.full((num_blocks, block_m), -1, dtype=torch.int32)
-    block_slots = torch.full((num_blocks,), -1, dtype=torch.int32)
-    block_rows = torch.zeros(num_blocks, dtype=torch.int32)
-    positions = torch.full((expert_ids_RK.numel(),), -1, dtype=torch.int32)
+    pairs = torch.full((num_blocks, block_m), -1, dtype=torch.int32, device="cpu")
+    block_slots = torch.full((num_blocks,), -1, dtype=torch.int32, device="cpu")
+    block_rows = torch.zeros(num_blocks, dtype=torch.int32, device="cpu")
+    positions = torch.full((expert_ids_RK.numel(),), -1, dtype=torch.int32, device="cpu")
     slots = [_slot(expert, local_slots_E) for expert in expert_ids_RK.flatten().tolist()]
 
     block = 0
@@ -34,15 +34,17 @@ def route(
         mine = [pair for pair, its in enumerate(slots) if its == slot]
         for start in range(0, len(mine), block_m):
             part = mine[start : start + block_m]
-            pairs[block, : len(part)] = torch.tensor(part, dtype=torch.int32)
-            positions[part] = block * block_m + torch.arange(len(part), dtype=torch.int32)
+            pairs[block, : len(part)] = torch.tensor(part, dtype=torch.int32, device="cpu")
+            positions[part] = block * block_m + torch.arange(
+                len(part), dtype=torch.int32, device="cpu"
+            )
             block_slots[block], block_rows[block] = slot, len(part)
             block += 1
     return Route(
         pairs.flatten(),
         block_slots,
         block_rows,
-        torch.tensor([block], dtype=torch.int32),
+        torch.tensor([block], dtype=torch.int32, device="cpu"),
         positions.view(expert_ids_RK.shape),
         block_m,
         num_slots,
@@ -58,15 +60,15 @@ def route_later(
     """See `triton_route.route_later`, and what gate_up makes of it."""
     slots = [_slot(expert, local_slots_E) for expert in expert_ids_RK.flatten().tolist()]
     slots = [slot if 0 <= slot < num_slots else -1 for slot in slots]
-    pairs = torch.full((len(slots), block_m), -1, dtype=torch.int32)
-    pairs[:, 0] = torch.arange(len(slots))
+    pairs = torch.full((len(slots), block_m), -1, dtype=torch.int32, device="cpu")
+    pairs[:, 0] = torch.arange(len(slots), device="cpu")
     positions = [pair * block_m if slot >= 0 else -1 for pair, slot in enumerate(slots)]
     return Route(
         pairs.flatten(),
-        torch.tensor(slots, dtype=torch.int32),
-        torch.tensor([int(slot >= 0) for slot in slots], dtype=torch.int32),
-        torch.tensor([-1], dtype=torch.int32),
-        torch.tensor(positions, dtype=torch.int32).view(expert_ids_RK.shape),
+        torch.tensor(slots, dtype=torch.int32, device="cpu"),
+        torch.tensor([int(slot >= 0) for slot in slots], dtype=torch.int32, device="cpu"),
+        torch.tensor([-1], dtype=torch.int32, device="cpu"),
+        torch.tensor(positions, dtype=torch.int32, device="cpu").view(expert_ids_RK.shape),
         block_m,
         num_slots,
     )
@@ -120,7 +122,7 @@ def gate_up(x: Rows, matrices: ExpertMatrices, routed: Route, tile: Tile) -> Row
     x_RH = dequantize(x)
     gate_LIH = widen(matrices.gate_LIH, matrices.gate_scale_LBC)
     up_LIH = widen(matrices.up_LIH, matrices.up_scale_LBC)
-    h_AI = torch.zeros(len(routed.pairs), gate_LIH.shape[1])
+    h_AI = torch.zeros(len(routed.pairs), gate_LIH.shape[1], dtype=torch.float32, device="cpu")
     for position, pair, slot in _filled(routed):
         x_H = x_RH[pair // routed.positions.shape[1]]
         h_AI[position] = torch.nn.functional.silu(gate_LIH[slot] @ x_H) * (up_LIH[slot] @ x_H)
@@ -137,7 +139,7 @@ def down(
 ) -> torch.Tensor:
     """See `triton_down.down`."""
     h_AI, down_LHI = dequantize(h), widen(matrices.down_LHI, matrices.down_scale_LBC)
-    y_AH = torch.zeros(len(h_AI), down_LHI.shape[1], dtype=dtype)
+    y_AH = torch.zeros(len(h_AI), down_LHI.shape[1], dtype=dtype, device="cpu")
     for position, pair, slot in _filled(routed):
         y_AH[position] = weights_RK.flatten()[pair] * (down_LHI[slot] @ h_AI[position])
     return y_AH
@@ -147,7 +149,7 @@ def reduce(
     y_AH: torch.Tensor, positions_RK: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """See `triton_reduce.reduce`."""
-    out_RH = torch.zeros(len(positions_RK), y_AH.shape[1])
+    out_RH = torch.zeros(len(positions_RK), y_AH.shape[1], dtype=torch.float32, device="cpu")
     for row, positions in enumerate(positions_RK.tolist()):
         for position in positions:
             if position >= 0:
@@ -175,7 +177,7 @@ def grouped_swiglu_experts(
         widen(matrix, scale) for matrix, scale in zip(matrices[:3], matrices[3:], strict=True)
     )
     x_RH = dequantize(quantize(hidden_RH)) if w8a8 else hidden_RH.float()
-    out_RH = torch.zeros(hidden_RH.shape)
+    out_RH = torch.zeros(hidden_RH.shape, dtype=torch.float32, device="cpu")
     for row, experts in enumerate(expert_ids_RK.tolist()):
         for k, expert in enumerate(experts):
             slot = _slot(expert, local_slots_E)

@@ -130,7 +130,9 @@ class Checkpoint:
         shared_gate = self._family.shared_gate_name(spec)
         return GateWeights(
             weight=weight.float() if spec.gate.logits_float32 else weight,
-            bias=self._read(bias, torch.float32) if bias else torch.zeros(spec.num_experts),
+            bias=self._read(bias, torch.float32)
+            if bias
+            else torch.zeros(spec.num_experts, dtype=torch.float32, device="cpu"),
             shared_gate=self._read(shared_gate, run_dtype) if shared_gate else None,
         )
 

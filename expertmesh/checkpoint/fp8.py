@@ -61,7 +61,7 @@ def dequantize(
     Multiplies in float32 and rounds once; one row of blocks at a time, so that no float32 copy of
     the whole matrix exists.
     """
-    result = torch.empty(weight.shape, dtype=dtype)
+    result = torch.empty(weight.shape, dtype=dtype, device="cpu")
     factors = scale_inv.float().mul(256).repeat_interleave(block.columns, dim=1)
     factors = factors[:, : weight.shape[1]]
     for index, start in enumerate(range(0, weight.shape[0], block.rows)):

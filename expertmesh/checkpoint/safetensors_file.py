@@ -86,7 +86,7 @@ class SafetensorsFile:
     def read(self, name: str, pause: Pause = no_pause) -> torch.Tensor:
         """One whole tensor, in its stored dtype. Raises KeyError when it is not in this file."""
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
         start = info.start
         for piece in pieces(tensor):
             self._read_into(piece, start, name)

@@ -115,7 +115,7 @@ class Codec(Protocol[M]):
 
 
 _NO_PART = TensorPart(torch.float32, (0,), 0, 0, b"", 0)
-_NO_TENSOR = torch.empty(0)
+_NO_TENSOR = torch.empty(0, dtype=torch.float32, device="cpu")
 _NO_ARRAY = np.empty(0, np.float32)
 _NO_FIELDS: dict[int, str] = {}
 

@@ -30,7 +30,8 @@ _LEAST_SCALE, _MOST_SCALE = 2.0**-126, 2.0**119  # 448 * 2^119 is still finite i
 _INFINITY_BITS = 0x7F800000
 _BLOCK_ROWS = 64  # whose intermediate values stay in a core's cache
 #: bfloat16 bits of each element; and of each two neighbours, which numpy takes twice as fast.
-_ONE = torch.arange(256).to(torch.uint8).view(FP8).to(torch.bfloat16).view(torch.int16).numpy()
+_CODES = torch.arange(256, dtype=torch.uint8, device="cpu")
+_ONE = _CODES.view(FP8).to(torch.bfloat16).view(torch.int16).numpy()
 _BOTH = np.arange(1 << 16)
 _TWO = np.stack((_ONE[_BOTH & 255], _ONE[_BOTH >> 8]), 1).view(np.int32).ravel()
 
@@ -67,7 +68,7 @@ def widened(
     if scale_T is None:
         return hidden_TH.to(dtype)
     rows, width = hidden_TH.shape
-    wide = torch.empty(hidden_TH.shape, dtype=dtype)
+    wide = torch.empty(hidden_TH.shape, dtype=dtype, device="cpu")
     if not wide.numel():
         return wide
     table = _ONE if width % 2 else _TWO
@@ -130,8 +131,8 @@ def _check_values(scale_T: npt.NDArray[np.float32]) -> None:
 def _to_fp8(hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     hidden_TH = hidden_TH.contiguous()
     rows = len(hidden_TH)
-    elements = torch.empty(hidden_TH.shape, dtype=FP8)
-    scale_T = torch.empty(rows, dtype=torch.float32)
+    elements = torch.empty(hidden_TH.shape, dtype=FP8, device="cpu")
+    scale_T = torch.empty(rows, dtype=torch.float32, device="cpu")
     for start in range(0, rows, _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
         part = hidden_TH[block]

@@ -95,7 +95,7 @@ class TensorPart:
 
     def _store(self) -> None:
         """Makes memory for every byte, and puts those there that are here."""
-        self.storage = torch.empty(self.total, dtype=torch.uint8)
+        self.storage = torch.empty(self.total, dtype=torch.uint8, device="cpu")
         view = self.storage.numpy().data
         view[: self.have] = memoryview(self.buffer)[self.start : self.start + self.have]
         self.buffer, self.start = view, 0
@@ -125,7 +125,7 @@ class TensorPart:
     def tensor(self) -> torch.Tensor:
         """The tensor; a view of what was received wherever possible."""
         if self.total == 0:
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         if self.storage is not None:
             return self.storage.view(self.dtype).view(self.shape)
         return _view(self.buffer, self.start, self.dtype, self.shape, self.total)

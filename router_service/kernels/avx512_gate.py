@@ -48,7 +48,7 @@ class Avx512Gate:
         self._spec = spec
         self._experts = len(weight)
         self._outputs = -(-len(weight) // BLOCK) * BLOCK
-        padded = torch.zeros(self._outputs, weight.shape[1], dtype=torch.bfloat16)
+        padded = torch.zeros(self._outputs, weight.shape[1], dtype=torch.bfloat16, device="cpu")
         padded[: len(weight)] = weight
         self._blocks = pack_blocks(padded)
         self._code = _compile(spec, self._experts)
@@ -73,7 +73,9 @@ class Avx512Gate:
         bias = self._padded(bias_E)
         ids_at = rows * outputs
         weights_at = ids_at + rows * self._spec.top_k
-        results = torch.empty(weights_at + rows * self._spec.top_k)
+        results = torch.empty(
+            weights_at + rows * self._spec.top_k, dtype=torch.float32, device="cpu"
+        )
         x, stride = hidden_TH.data_ptr(), hidden_TH.stride(0)
         matrix, at = self._blocks.data_ptr(), results.data_ptr()
         places = bias.data_ptr(), at, at + 4 * ids_at, at + 4 * weights_at
@@ -102,7 +104,7 @@ class Avx512Gate:
         """The bias of as many experts as the blocks have room for."""
         if bias_E is not None and bias_E.shape[0] == self._outputs:
             return bias_E.contiguous()
-        bias = torch.zeros(self._outputs)
+        bias = torch.zeros(self._outputs, dtype=torch.float32, device="cpu")
         if bias_E is not None:
             bias[: self._experts] = bias_E
         return bias
@@ -138,7 +140,9 @@ def _compile(spec: GateSpec, experts: int) -> _Code:
     from router_service.kernels.avx512_gate_ir import PIECE, generate
 
     library = Library(generate(spec, experts))
-    return _Code(library, library.function("route", "iipippipppp"), torch.arange(PIECE))
+    return _Code(
+        library, library.function("route", "iipippipppp"), torch.arange(PIECE, device="cpu")
+    )
 
 
 @functools.cache
