@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 _REOPEN_PAUSE_S = 2.0  # a file system that is not mounted yet may be so soon
 #: The Ray name of the actor that adds and removes servers.
 SUPERVISOR = "supervisor"
+#: The thread of an actor that answers while others work.
+CONTROL = "control"
 _LOOK_S = 5.0  # between two looks for the supervisor
 
 
@@ -94,7 +96,7 @@ class ExpertServerHost:
             )
             await server.start()
         except MeshError as error:
-            self._failure = type(error)(f"node {self._node}: {error.message}")
+            self._failure = self._located(error)
             _log.error("%s: %s", options.server_id, self._failure.message)
         else:
             settle_memory()
@@ -113,13 +115,20 @@ class ExpertServerHost:
         """ "host:port" that routers can reach. Raises why there is none, naming the node."""
         failure = self._failure
         if failure is None and self._server is not None and self._server.failed.done():
-            reason = self._server.failed.result()
-            failure = type(reason)(f"node {self._node}: {reason.message}")
+            failure = self._located(self._server.failed.result())
         if failure is not None:
-            raise failure
+            raise failure.again()
         if self._server is None:
             raise UnavailableError(f"node {self._node}: the server has not started")
         return self._server.endpoint
+
+    def _located(self, error: MeshError) -> MeshError:
+        """The same error, saying on which node."""
+        return type(error)(
+            f"node {self._node}: {error.message}",
+            field=error.field,
+            retry_after_s=error.retry_after_s,
+        )
 
     def status(self) -> bytes:
         """What the server says of itself, a `ServerStatus`. Raises why there is none."""
@@ -130,6 +139,10 @@ class ExpertServerHost:
     def pid(self) -> int:
         """Process id on this node."""
         return os.getpid()
+
+    def ping(self) -> None:
+        """Answers when the event loop runs, whatever else this process does."""
+        loop.turn()
 
     def node(self) -> str:
         """The node's address and id."""
@@ -145,7 +158,7 @@ class ExpertServerHost:
             loop.run(self._server.stop())
 
 
-@ray.remote
+@ray.remote(concurrency_groups={CONTROL: 1})
 class ExpertServerActor(ExpertServerHost):
     """One expert server as a Ray actor: restarted by Ray from its constructor.
 
@@ -161,6 +174,11 @@ class ExpertServerActor(ExpertServerHost):
         super().__init__(options, options.host or address, f"{address} ({node_id[:8]})")
         if options.namespace:
             threading.Thread(target=self._watch_supervisor, daemon=True).start()
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
+    def ping(self) -> None:
+        """See ExpertServerHost: in a thread of its own, for another call may take its time."""
+        super().ping()
 
     def _end(self) -> None:
         ray.kill(self._me, no_restart=True)  # no failure: its node may go, and it does not return

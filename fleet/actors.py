@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 import torch
 
+from expert_service.actor import CONTROL
 from expertmesh.config import BalanceConfig, RebalanceConfig, RouterConfig, RpcConfig, ServerRates
 from expertmesh.errors import MeshError, UnavailableError
 from expertmesh.rpc import loop
@@ -60,12 +61,17 @@ class ServiceHost:
     def address(self) -> str:
         """ "host:port" of the service. Raises why it has not started."""
         if self._server is None:
-            raise self._failure or UnavailableError("the service has not started")
+            failure = self._failure or UnavailableError("the service has not started")
+            raise failure.again()
         return self._server.address
 
     def pid(self) -> int:
         """Process id on this node."""
         return os.getpid()
+
+    def ping(self) -> None:
+        """Answers when the event loop runs, whatever else this process does."""
+        loop.turn()
 
     def stop(self) -> None:
         """Drains and closes the service."""
@@ -73,7 +79,7 @@ class ServiceHost:
             loop.run(self._server.stop())
 
 
-@ray.remote
+@ray.remote(concurrency_groups={CONTROL: 1})
 class LoadControllerActor(ServiceHost):
     """The load controller; its file keeps its state and port over restarts."""
 
@@ -99,6 +105,11 @@ class LoadControllerActor(ServiceHost):
             )
         )
 
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
+    def ping(self) -> None:
+        """See ServiceHost: in a thread of its own, for another call may take its time."""
+        super().ping()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouterOptions:
@@ -115,7 +126,7 @@ class RouterOptions:
     metrics_port: int | None = None  # 0 for any free one; None for no metrics
 
 
-@ray.remote
+@ray.remote(concurrency_groups={CONTROL: 1})
 class RouterActor(ServiceHost):
     """One router."""
 
@@ -139,6 +150,11 @@ class RouterActor(ServiceHost):
             config=options.config,
             metrics_port=options.metrics_port,
         )
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
+    def ping(self) -> None:
+        """See ServiceHost: in a thread of its own, for another call may take its time."""
+        super().ping()
 
     def address(self) -> str:
         """ "host:port" of the router. Raises why it has not started."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def check_counts(**counts: int) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}, expected an integer of at least 1")
+
+
+def check_seconds(**times: float) -> None:
+    """Raises ConfigError for a time that is no number of seconds, or negative."""
+    for name, value in times.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value < math.inf:
+            raise ConfigError(f"{name} is {value!r}, expected seconds, 0 or more")
 
 
 def check_autoscale(

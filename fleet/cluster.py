@@ -20,6 +20,7 @@ from fleet.ray_session import RaySession
 from fleet.ready import get, has_ended
 from fleet.roster import Roster
 from fleet.steps import run_all
+from fleet.watch import Watch
 
 _ANSWER_S = 5.0  # a server that has started answers within this
 _STOP_S = 15.0  # a stopping actor may take this long to drain before it is killed
@@ -36,6 +37,7 @@ class Cluster:
         self._started: dict[str, Any] = {}  # expert servers' actors by server id
         self.roster: Roster | None = None  # finds them, where they come and go
         self.supervisor: Any = None
+        self.watch: Watch | None = None  # ends what hangs, once it has started
         self.addresses: list[str] = []
         self.controller_address = ""
         self._closed = False
@@ -91,6 +93,7 @@ class Cluster:
             return
         self._closed = True
         run_all(
+            ("ending the watch", self._stop_watch),
             ("ending the supervisor", lambda: _stop_all([self.supervisor])),  # it adds none now
             ("ending the routers", lambda: _stop_all(self.routers)),
             ("ending the expert servers", self._stop_servers),
@@ -99,6 +102,20 @@ class Cluster:
             ("leaving Ray", self._session.leave),
             ("removing the folder of the cluster", self._remove_folder),
         )
+
+    def watch_over(self, controller: str, after_s: float) -> None:
+        """From now on ends what answers nothing for `after_s`, so that Ray starts it anew."""
+        services = {f"router {index}": router for index, router in enumerate(self.routers)}
+        if self.controller is not None:
+            services["load controller"] = self.controller
+        if self.supervisor is not None:
+            services["supervisor"] = self.supervisor
+        self.watch = Watch(controller, services, lambda: self.servers, after_s)
+        self.watch.start()
+
+    def _stop_watch(self) -> None:
+        if self.watch is not None:
+            self.watch.stop()
 
     def _stop_servers(self) -> None:
         run_all(

@@ -38,6 +38,7 @@ from fleet.arguments import (
     check_choices,
     check_counts,
     check_ray_address,
+    check_seconds,
     checked_path,
 )
 from fleet.cluster import Cluster
@@ -57,6 +58,9 @@ from fleet.steps import step
 from fleet.supervisor_actor import SUPERVISOR, SupervisorActor, SupervisorOptions
 
 _POLL_S = 0.1
+#: Six times what makes a server lost, and longer than a process is held up by its host: a restart
+#: costs the loading of a shard.
+HUNG_AFTER_S = 30.0
 _FREE_S = 5.0  # what a cluster that has just ended held is free again within this
 
 
@@ -83,6 +87,7 @@ def launch(
     shared_memory: str = "off",
     data_connections: DataConnectionMode = "auto",
     wire_dtype: WireDtype | None = None,
+    hung_after_s: float = HUNG_AFTER_S,
     progress: Progress | None = None,
     command: str = "launch",
 ) -> Cluster:
@@ -115,11 +120,15 @@ def launch(
     carries every byte; else TCP connections beside its streams do. `wire_dtype` is what hidden
     states and partial sums travel as between routers and expert servers, "bfloat16" for instance
     (docs/protocol.md has the error); None for the caller's own type.
+
+    A server, router or controller that answers nothing for `hung_after_s` is ended, and Ray starts
+    it anew; 0 for never. See docs/operations.md.
     """
     path = checked_path(checkpoint)
     check_counts(shards=shards, replicas=replicas, routers=routers)
     check_choices(port, routers, backend, device, weights)
     check_ray_address(ray_address)
+    check_seconds(hung_after_s=hung_after_s)
     if device == "auto":  # said to the servers, too: Ray may show them GPUs that it gave to nobody
         device = "cuda" if backend == "triton" else "cpu"
     balance = BalanceConfig.of(balance)
@@ -194,6 +203,8 @@ def launch(
         else:
             wait_ready(cluster._started, cluster.addresses, progress, patience_s)
             _remember(cluster, command)
+        if hung_after_s:
+            cluster.watch_over(template.controller, hung_after_s)
         undo.pop_all()
     return cluster
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import ray
 
-from expert_service.actor import SUPERVISOR
+from expert_service.actor import CONTROL, SUPERVISOR
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.config import AutoscaleConfig
+from expertmesh.rpc import loop
 from expertmesh.rpc.process import setup_logging
 from fleet.roster import Roster
 from fleet.scaling import ServerPlan
@@ -32,7 +33,7 @@ class SupervisorOptions:
     roster: Roster
 
 
-@ray.remote
+@ray.remote(concurrency_groups={CONTROL: 1})
 class SupervisorActor:
     """One supervisor, in a thread of its own."""
 
@@ -51,6 +52,11 @@ class SupervisorActor:
     def pid(self) -> int:
         """Process id on its node."""
         return os.getpid()
+
+    @ray.method(concurrency_group=CONTROL)  # type: ignore[untyped-decorator]
+    def ping(self) -> None:
+        """Answers when the event loop runs, which every step of the supervisor needs."""
+        loop.turn()
 
     def stop(self) -> None:
         """Ends the loop and gives the lease back. The servers stay."""

@@ -48,6 +48,11 @@ def submit(coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
     return asyncio.run_coroutine_threadsafe(coroutine, shared_loop())
 
 
+def turn() -> None:
+    """Returns once the shared loop has turned; never, where it stands still."""
+    run(asyncio.sleep(0))
+
+
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
     """Runs the coroutine on the shared loop and waits; an interrupted wait cancels it."""
     future = submit(coroutine)

@@ -16,7 +16,7 @@ from expertmesh.config import (
 )
 from fleet.cli.interrupts import Interrupts
 from fleet.cli.output import emit, loading_bars
-from fleet.launch import launch
+from fleet.launch import HUNG_AFTER_S, launch
 
 NAME = "serve"
 HELP = "Serve a Hugging Face MoE checkpoint until Ctrl-C, SIGTERM or `expertmesh down`."
@@ -70,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--wire-dtype",
         choices=get_args(WireDtype),
         help="what travels between routers and expert servers; the caller's own type if not given",
+    )
+    parser.add_argument(
+        "--hung-after-s",
+        type=float,
+        default=HUNG_AFTER_S,
+        help=f"end and restart what answers nothing for so long; 0: never ({HUNG_AFTER_S:g})",
     )
     parser.add_argument("--balance", default="frozen", help="frozen, adaptive or off")
     parser.add_argument(
@@ -130,6 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
                     shared_memory=arguments.shared_memory,
                     data_connections=arguments.data_connections,
                     wire_dtype=arguments.wire_dtype,
+                    hung_after_s=arguments.hung_after_s,
                     progress=progress,
                     command=NAME,
                 )

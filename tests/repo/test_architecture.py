@@ -60,6 +60,7 @@ PURE = (
     "expertmesh/training/losses.py",
     "load_controller/autoscale.py",
     "load_controller/autoscale_state.py",
+    "fleet/hung.py",
     "fleet/measured.py",
     "fleet/moves_away.py",
     "fleet/redundancy.py",
