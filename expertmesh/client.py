@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Generator
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import grpc.aio
 import torch
@@ -24,6 +24,7 @@ from expertmesh.config import (
     check_data_connections,
 )
 from expertmesh.errors import (
+    ConfigError,
     DeadlineError,
     InvalidRequestError,
     MeshError,
@@ -101,7 +102,17 @@ class _RouterLink:
         await self._channel.close()
 
 
-class AsyncMesh:
+class _Connected:
+    """Base of what holds open connections, which belong to their process."""
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            f"a {type(self).__name__} can neither be pickled nor copied: it holds open "
+            "connections. Pass the address on, and connect where it is used"
+        )
+
+
+class AsyncMesh(_Connected):
     """A connection to a cluster, for asyncio. Used from one event loop; see `connect_async`."""
 
     def __init__(
@@ -261,7 +272,7 @@ class AsyncMesh:
         await self.close()
 
 
-class Mesh:
+class Mesh(_Connected):
     """A connection to a cluster, for any number of threads; see `connect`."""
 
     def __init__(self, mesh: AsyncMesh) -> None:

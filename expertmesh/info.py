@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, Self
 
 import torch
 
 from expertmesh.codec import tensors
 from expertmesh.errors import MismatchError
-from expertmesh.model import PROTOCOL_VERSION
+from expertmesh.model import PROTOCOL_VERSION, GateSpec, LayerSpec
 from expertmesh.v1 import router_pb2 as pb
+
+_KINDS: Mapping[Literal["moe", "dense"], pb.LayerKind] = {
+    "dense": pb.LAYER_KIND_DENSE,
+    "moe": pb.LAYER_KIND_MOE,
+}
+# What GateSettings says, by the name that GateSpec has for it too; top_k is the layer's own.
+_GATE_SETTINGS = tuple(each.name for each in fields(GateSpec) if each.name != "top_k")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One feed-forward layer of the served model."""
+    """One feed-forward layer of the served model: all that its configuration says of it."""
 
     index: int
     kind: Literal["moe", "dense"]
     num_experts: int  # routed; 0 for a dense layer
     top_k: int  # 0 for a dense layer
     has_shared_expert: bool
+    intermediate_size: int = 0  # of each routed expert; 0 for a dense layer
+    shared_intermediate_size: int = 0  # of the shared expert, or of a dense layer; 0 for none
+    shared_gated: bool = False  # the shared output is multiplied by sigmoid(x . w)
+    activation: str = ""  # as transformers names it; "" when a router of an earlier release answers
+    gate: GateSpec | None = None  # None for a dense layer, and from a router of an earlier release
+
+    @classmethod
+    def of(cls, spec: LayerSpec) -> Self:
+        """What a cluster that serves this layer says of it."""
+        return cls(
+            index=spec.index,
+            kind=spec.kind,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            has_shared_expert=spec.has_shared,
+            intermediate_size=spec.intermediate_size,
+            shared_intermediate_size=spec.shared_intermediate_size,
+            shared_gated=spec.shared_gated,
+            activation=spec.activation,
+            gate=spec.gate,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +98,48 @@ def info_of(answer: pb.DescribeResponse, address: str) -> MeshInfo:
         model_type=answer.model_type,
         hidden_size=answer.hidden_size,
         dtype=tensors.DTYPE_BY_NUMBER[answer.compute_type],
-        layers=tuple(
-            LayerInfo(
-                layer.index,
-                "moe" if layer.kind == pb.LAYER_KIND_MOE else "dense",
-                layer.num_experts,
-                layer.top_k,
-                layer.has_shared_expert,
-            )
-            for layer in answer.layers
-        ),
+        layers=tuple(layer_of(layer) for layer in answer.layers),
         checkpoint_digest=answer.checkpoint_digest,
         routers=tuple(answer.routers),
+    )
+
+
+def layer_message(layer: LayerInfo) -> pb.Layer:
+    """What Describe says of one layer."""
+    gate = None
+    if layer.gate is not None:
+        gate = pb.GateSettings(**{name: getattr(layer.gate, name) for name in _GATE_SETTINGS})
+    return pb.Layer(
+        index=layer.index,
+        kind=_KINDS[layer.kind],
+        num_experts=layer.num_experts,
+        top_k=layer.top_k,
+        has_shared_expert=layer.has_shared_expert,
+        intermediate_size=layer.intermediate_size,
+        shared_intermediate_size=layer.shared_intermediate_size,
+        shared_gated=layer.shared_gated,
+        activation=layer.activation,
+        gate=gate,
+    )
+
+
+def layer_of(message: pb.Layer) -> LayerInfo:
+    """The inverse of `layer_message`."""
+    gate = None
+    if message.HasField("gate"):
+        settings = {name: getattr(message.gate, name) for name in _GATE_SETTINGS}
+        gate = GateSpec(top_k=message.top_k, **settings)
+    return LayerInfo(
+        index=message.index,
+        kind="moe" if message.kind == pb.LAYER_KIND_MOE else "dense",
+        num_experts=message.num_experts,
+        top_k=message.top_k,
+        has_shared_expert=message.has_shared_expert,
+        intermediate_size=message.intermediate_size,
+        shared_intermediate_size=message.shared_intermediate_size,
+        shared_gated=message.shared_gated,
+        activation=message.activation,
+        gate=gate,
     )
 
 

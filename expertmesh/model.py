@@ -62,6 +62,7 @@ class LayerSpec:
     shared_intermediate_size: int  # of the shared expert; 0 for none
     shared_gated: bool = False  # the shared output is multiplied by sigmoid(x . w) (Qwen2-MoE)
     gate: GateSpec | None = None  # None for a dense layer
+    activation: str = "silu"  # of every expert of the layer, as transformers names it
 
     @property
     def kind(self) -> Literal["moe", "dense"]:

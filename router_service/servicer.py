@@ -8,6 +8,7 @@ from typing import Any
 
 from expertmesh.codec import messages, tensors
 from expertmesh.errors import UnavailableError
+from expertmesh.info import LayerInfo, layer_message
 from expertmesh.model import PROTOCOL_VERSION
 from expertmesh.rpc.admission import Admission
 from expertmesh.rpc.data_port import DataPort
@@ -62,22 +63,12 @@ class RouterServicer:
         if self._controller.refused is not None:
             raise UnavailableError(self._controller.refused.message)
         model = self._router.model
-        kinds = {"dense": pb.LAYER_KIND_DENSE, "moe": pb.LAYER_KIND_MOE}
         return pb.DescribeResponse(
             protocol_version=PROTOCOL_VERSION,
             checkpoint_digest=model.digest,
             model_type=model.spec.model_type,
             hidden_size=model.spec.hidden_size,
-            layers=[
-                pb.Layer(
-                    index=layer.index,
-                    kind=kinds[layer.kind],
-                    num_experts=layer.num_experts,
-                    top_k=layer.top_k,
-                    has_shared_expert=layer.has_shared,
-                )
-                for layer in model.spec.layers
-            ],
+            layers=[layer_message(LayerInfo.of(layer)) for layer in model.spec.layers],
             routers=self._controller.routers,
             compute_type=tensors.NUMBER_BY_DTYPE[model.dtype],  # type: ignore[arg-type]
         )

@@ -36,10 +36,14 @@ class Family:
 
     def layer_spec(self, config: Config, index: int) -> LayerSpec:
         """What config.json says about one layer."""
+        activation = str(config.get("hidden_act"))
         if not self.is_sparse(config, index):
-            width = config.size("intermediate_size")
             return LayerSpec(
-                index=index, num_experts=0, intermediate_size=0, shared_intermediate_size=width
+                index=index,
+                num_experts=0,
+                intermediate_size=0,
+                shared_intermediate_size=config.size("intermediate_size"),
+                activation=activation,
             )
         shared_width = self.shared_width(config)
         return LayerSpec(
@@ -49,6 +53,7 @@ class Family:
             shared_intermediate_size=shared_width,
             shared_gated=bool(self.shared_gate) and shared_width > 0,
             gate=self.gate_spec(config),
+            activation=activation,
         )
 
     def weight_names(self, layer: LayerSpec, slot: Slot) -> tuple[str, str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import nn
@@ -13,11 +13,31 @@ from transformers import PreTrainedModel
 from expertmesh.client import Mesh, connect
 from expertmesh.errors import ConfigError
 from expertmesh.huggingface.matching import check_gate, check_model
-from expertmesh.huggingface.modules import IMPLEMENTATION, RemoteExperts, RemoteFeedForward, Zero
+from expertmesh.huggingface.modules import (
+    IMPLEMENTATION,
+    PLACEHOLDERS,
+    RemoteExperts,
+    RemoteFeedForward,
+    StandIn,
+    Zero,
+    refuse_to_save,
+)
+from expertmesh.huggingface.untouched import check_untouched
 from expertmesh.info import LayerInfo
 
 # What a block adds to its experts' output; the cluster adds it in the same RPC.
 _SHARED_PARTS = ("shared_experts", "shared_expert", "shared_expert_gate")
+# What nn.Module keeps hooks in. A handle that removes a hook knows the dictionary, not the module.
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
 
 class Attachment:
@@ -82,6 +102,13 @@ class Attachment:
     def __deepcopy__(self, memo: object) -> Self:
         return self  # a copy of the model uses the same connection
 
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "an attached model cannot be pickled (torch.save, worker processes, Ray): it holds a "
+            "connection, and no feed-forward weights. Load and attach it in the process that uses "
+            "it"
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -106,9 +133,11 @@ def attach(
     `gate="cluster"`: routers gate, and the model keeps nothing of its MoE blocks. `gate="model"`:
     the model's own gates choose and weigh the experts, the cluster computes them. Dense layers and
     shared experts run in the cluster either way. The model's own copies are freed. It generates as
-    before, and does not train: `backward` raises. It has to be the model that the cluster serves:
-    sizes are compared, weights are not. `wire_dtype` lets hidden states travel narrower, see
-    `expertmesh.connect`.
+    before, and neither trains nor can be saved: `backward` and `state_dict` raise. It has to be the
+    model that the cluster serves: every setting of its feed-forward layers is compared, and they
+    have to be as transformers builds them, without adapters or hooks inside; values of weights are
+    not compared. Hooks on a block itself stay. `wire_dtype` lets hidden states travel narrower, see
+    `expertmesh.connect`. docs/huggingface.md has more.
 
     Raises ConfigError or MismatchError, leaving the model as it was, when it is of a family that
     is not served, differs from what the cluster serves or is attached already, and
@@ -117,13 +146,13 @@ def attach(
     check_gate(gate)
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(
-            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel"
+            f"model is a {type(model).__name__}, expected a transformers PreTrainedModel: attach "
+            "the model inside it, which the wrapper then calls"
         )
-    before = getattr(model, "expertmesh", None)
-    if isinstance(before, Attachment) and not before.closed:
-        raise ConfigError("the model is attached already: close model.expertmesh first")
+    _check_not_attached(model)
     attachment = open_attachment(model.config, address, gate, timeout, wire_dtype)
     try:
+        _check_untouched(model, attachment)
         install(model, attachment)
     except BaseException:
         attachment.close()
@@ -159,10 +188,36 @@ def install(model: PreTrainedModel, attachment: Attachment) -> None:
         if keeps_gates and layer.kind == "moe":
             _install_experts(module.mlp, layer, attachment, model.config)
         else:
-            module.mlp = RemoteFeedForward(attachment, layer.index)
+            module.mlp = _with_hooks_of(module.mlp, RemoteFeedForward(attachment, layer.index))
     if keeps_gates:
         model.set_experts_implementation(IMPLEMENTATION)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            _refuse_what_cannot_be(part, attachment.gate)
     model.expertmesh = attachment
+
+
+def _check_untouched(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Refuses what `install` would drop although the cluster does not have it."""
+    layers = attachment.mesh.describe().layers
+    decoder = _decoder_layers(model, layers)
+    keeps_gates = attachment.gate == "model"
+    dropped = [
+        _dropped(module.mlp, keeps_gates and layer.kind == "moe")
+        for layer, module in zip(layers, decoder, strict=True)
+    ]
+    check_untouched(model.config, decoder, _name_of(model, decoder[0]), dropped)
+
+
+def _check_not_attached(model: PreTrainedModel) -> None:
+    """Refuses a model any part of which has a connection: itself, its head or its body."""
+    for name, module in model.named_modules():
+        attachment = getattr(module, "attachment", None) if isinstance(module, StandIn) else None
+        if attachment is not None and not attachment.closed:
+            raise ConfigError(
+                f"the model is attached already ({name}): close its attachment first, which is "
+                "model.expertmesh"
+            )
 
 
 def _decoder_layers(model: PreTrainedModel, layers: tuple[LayerInfo, ...]) -> list[Any]:
@@ -174,7 +229,28 @@ def _decoder_layers(model: PreTrainedModel, layers: tuple[LayerInfo, ...]) -> li
             f"configuration says {len(layers)}: load it with the class that transformers has for "
             f"model_type {model.config.model_type!r}"
         )
+    for layer, module in zip(layers, decoder, strict=True):
+        routes = hasattr(module.mlp, "experts")
+        if routes != (layer.kind == "moe") and not isinstance(module.mlp, PLACEHOLDERS):
+            raise ConfigError(
+                f"layer {layer.index} is a {type(module.mlp).__name__} in the model and "
+                f"{layer.kind!r} in the cluster: attach the model that the cluster serves"
+            )
     return decoder
+
+
+def _name_of(model: PreTrainedModel, first: nn.Module) -> str:
+    """What the list of decoder layers is called, as in the names of weights."""
+    name: str = next(name for name, module in model.named_modules() if module is first)
+    return name.removesuffix(".0")
+
+
+def _dropped(block: nn.Module, keeps_gate: bool) -> list[str]:
+    """The parts of a decoder layer that attaching replaces."""
+    if not keeps_gate:
+        return ["mlp"]
+    parts = ("experts", *_SHARED_PARTS)
+    return [f"mlp.{name}" for name in parts if isinstance(getattr(block, name, None), nn.Module)]
 
 
 def _check_gates(model: PreTrainedModel, decoder: list[Any], layers: tuple[LayerInfo, ...]) -> None:
@@ -198,3 +274,32 @@ def _install_experts(
     for name in shared:
         setattr(block, name, Zero())
     block.experts = RemoteExperts(config, attachment, layer.index, layer.has_shared_expert)
+
+
+def _with_hooks_of(block: nn.Module, stand_in: StandIn) -> StandIn:
+    """The stand-in with the hooks of the block that it replaces, in the same tables."""
+    for table in _HOOK_TABLES:
+        setattr(stand_in, table, getattr(block, table))
+    return stand_in
+
+
+def _refuse_what_cannot_be(model: PreTrainedModel, gate: str) -> None:
+    """Refuses saving before anything is written, and router logits of a router that is gone.
+
+    Only what reaches `state_dict` is refused by the stand-ins themselves.
+    """
+    model.save_pretrained = model.push_to_hub = refuse_to_save
+    hooks = model._forward_pre_hooks
+    if gate == "cluster" and _refuse_router_logits not in hooks.values():
+        model.register_forward_pre_hook(_refuse_router_logits, with_kwargs=True)
+
+
+def _refuse_router_logits(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    asked = kwargs.get("output_router_logits")
+    if getattr(model.config, "output_router_logits", False) if asked is None else asked:
+        raise ConfigError(
+            "output_router_logits is True, but the model was attached with gate='cluster' and has "
+            "no router: attach a fresh one with gate='model'"
+        )

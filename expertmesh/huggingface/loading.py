@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers.monkey_patching import register_patch_mapping, unregister_patc
 from expertmesh.errors import CheckpointError, ConfigError
 from expertmesh.huggingface.attachment import install, open_attachment
 from expertmesh.huggingface.matching import check_family, check_gate, transformers_type
-from expertmesh.huggingface.modules import Absent
+from expertmesh.huggingface.modules import BUILDING, Absent
 
 # transformers' classes, by its model type: MoE block, experts, dense and shared network.
 _CLASSES: Mapping[str, tuple[str, str, str | None]] = MappingProxyType(
@@ -39,8 +38,6 @@ _CLASSES: Mapping[str, tuple[str, str, str | None]] = MappingProxyType(
 _FEED_FORWARD_KEYS = r"\.(mlp|block_sparse_moe)\."
 # Where to look for config.json, if `path` is a name on the hub.
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-_loading = threading.Lock()  # transformers' patch mapping belongs to the whole process
 
 
 def load_without_experts(
@@ -75,7 +72,7 @@ def load_without_experts(
     attachment = open_attachment(config, address, gate, timeout, wire_dtype)
     try:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        with _loading, _feed_forward_left_out(model_class, gate):
+        with BUILDING, _feed_forward_left_out(model_class, gate):
             model = model_class.from_pretrained(path, config=config, **from_pretrained_kwargs)
         install(model, attachment)
     except BaseException:

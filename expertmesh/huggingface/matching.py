@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from expertmesh.checkpoint import FAMILIES
 from expertmesh.checkpoint.config import Config
 from expertmesh.errors import ConfigError, MismatchError
 from expertmesh.info import LayerInfo, MeshInfo
+from expertmesh.model import GateSpec
 
 #: Model types whose models transformers builds with the classes of another type.
 SAME_CLASSES = {"kimi_k2": "deepseek_v3"}
@@ -32,7 +34,11 @@ def check_family(model_type: object) -> str:
 
 
 def check_model(config: Any, info: MeshInfo, gate: str) -> None:
-    """Refuses a transformers configuration that differs from what the cluster serves."""
+    """Refuses a transformers configuration that differs from what the cluster serves.
+
+    Every setting that experts or gates take from the configuration is compared, whoever gates: a
+    model that differs in one is most likely not the one that was meant.
+    """
     model_type = check_family(config.model_type)
     if transformers_type(model_type) != transformers_type(info.model_type):
         raise _mismatch("model_type", model_type, info.model_type)
@@ -44,10 +50,11 @@ def check_model(config: Any, info: MeshInfo, gate: str) -> None:
     if count != len(info.layers):
         raise _mismatch("num_hidden_layers", count, len(info.layers))
     for served in info.layers:
-        spec = family.layer_spec(values, served.index)
-        own = LayerInfo(spec.index, spec.kind, spec.num_experts, spec.top_k, spec.has_shared)
-        for name, ours, theirs in _differences(own, served):
+        _check_is_described(served)
+        own = LayerInfo.of(family.layer_spec(values, served.index))
+        for name, ours, theirs in differences(own, served):
             raise _mismatch(f"{name} of layer {served.index}", ours, theirs)
+    values.expect(family.expects)
     if gate == "cluster" and getattr(config, "output_router_logits", False):
         raise ConfigError(
             "config.output_router_logits is True, but with gate='cluster' the model has no router: "
@@ -60,10 +67,26 @@ def transformers_type(model_type: str) -> str:
     return SAME_CLASSES.get(model_type, model_type)
 
 
-def _differences(own: LayerInfo, served: LayerInfo) -> Iterator[tuple[str, object, object]]:
-    for name in ("kind", "num_experts", "top_k", "has_shared_expert"):
-        if getattr(own, name) != getattr(served, name):
-            yield name, getattr(own, name), getattr(served, name)
+def differences(own: LayerInfo, served: LayerInfo) -> Iterator[tuple[str, object, object]]:
+    """Name and both values of everything in which two layers differ."""
+    for field in fields(LayerInfo):
+        ours, theirs = getattr(own, field.name), getattr(served, field.name)
+        if field.name != "gate" and ours != theirs:
+            yield field.name, ours, theirs
+    for field in fields(GateSpec):
+        ours, theirs = getattr(own.gate, field.name, None), getattr(served.gate, field.name, None)
+        if ours != theirs:
+            yield f"gate.{field.name}", ours, theirs
+
+
+def _check_is_described(served: LayerInfo) -> None:
+    """Refuses a router that does not say what there is to compare."""
+    if not served.activation:
+        raise MismatchError(
+            "the router at this address is of an earlier release, which does not say how its "
+            "model gates and how wide its experts are: whether this model is the same cannot be "
+            "checked. Install the same release of expertmesh on both sides"
+        )
 
 
 def _mismatch(what: str, ours: object, theirs: object) -> MismatchError:

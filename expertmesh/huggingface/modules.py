@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -16,9 +17,39 @@ if TYPE_CHECKING:
 
 #: The name of `config._experts_implementation` in a model that gates by itself.
 IMPLEMENTATION = "expertmesh"
+#: Held by whoever builds modules of transformers' classes, or has them patched: they belong to the
+#: whole process.
+BUILDING = threading.Lock()
 
 
-class RemoteFeedForward(nn.Module):
+def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
+    """What every way of saving an attached model comes to."""
+    raise ConfigError(
+        "an attached model cannot be saved: its feed-forward weights are in the cluster, and what "
+        "is saved without them loads with random ones. Copy the folder that the cluster serves, or "
+        "load the model without attaching it and save that; save adapters before attaching"
+    )
+
+
+class StandIn(nn.Module):
+    """Base of what attaching puts into a model. Neither saves nor loads weights in silence."""
+
+    def _save_to_state_dict(self, *args: object, **kwargs: object) -> NoReturn:
+        refuse_to_save()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: object
+    ) -> None:
+        for name in state_dict:
+            if name.startswith(prefix):
+                raise ConfigError(
+                    f"{name} cannot be loaded into an attached model: the cluster computes that "
+                    "layer, from its own checkpoint. Load weights and adapters before attaching, "
+                    "and serve a checkpoint that holds them"
+                )
+
+
+class RemoteFeedForward(StandIn):
     """A dense layer, or a MoE block with its gate."""
 
     def __init__(self, attachment: Attachment, layer: int) -> None:
@@ -36,7 +67,7 @@ class RemoteFeedForward(nn.Module):
 
 
 @use_experts_implementation
-class RemoteExperts(nn.Module):
+class RemoteExperts(StandIn):
     """The experts of a MoE block whose gate stays; its shared expert comes along.
 
     transformers' experts interface calls it: `config._experts_implementation` names the function,
@@ -64,7 +95,7 @@ class RemoteExperts(nn.Module):
         return f"layer={self.layer}"
 
 
-class Zero(nn.Module):
+class Zero(StandIn):
     """A shared expert, or its gate, whose part is in what RemoteExperts returns."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -77,6 +108,10 @@ class Absent(nn.Module):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
+
+
+#: What holds no weights of its own.
+PLACEHOLDERS = (StandIn, Absent)
 
 
 def _experts_forward(experts: Any, *args: Any, **kwargs: Any) -> Any:

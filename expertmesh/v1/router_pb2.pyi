@@ -39,18 +39,50 @@ class DescribeResponse(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., checkpoint_digest: _Optional[str] = ..., model_type: _Optional[str] = ..., hidden_size: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[Layer, _Mapping]]] = ..., routers: _Optional[_Iterable[str]] = ..., compute_type: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
 
 class Layer(_message.Message):
-    __slots__ = ("index", "kind", "num_experts", "top_k", "has_shared_expert")
+    __slots__ = ("index", "kind", "num_experts", "top_k", "has_shared_expert", "intermediate_size", "shared_intermediate_size", "shared_gated", "activation", "gate")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     HAS_SHARED_EXPERT_FIELD_NUMBER: _ClassVar[int]
+    INTERMEDIATE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_INTERMEDIATE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHARED_GATED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     index: int
     kind: LayerKind
     num_experts: int
     top_k: int
     has_shared_expert: bool
-    def __init__(self, index: _Optional[int] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., has_shared_expert: bool = ...) -> None: ...
+    intermediate_size: int
+    shared_intermediate_size: int
+    shared_gated: bool
+    activation: str
+    gate: GateSettings
+    def __init__(self, index: _Optional[int] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., has_shared_expert: bool = ..., intermediate_size: _Optional[int] = ..., shared_intermediate_size: _Optional[int] = ..., shared_gated: bool = ..., activation: _Optional[str] = ..., gate: _Optional[_Union[GateSettings, _Mapping]] = ...) -> None: ...
+
+class GateSettings(_message.Message):
+    __slots__ = ("score", "n_group", "topk_group", "group_score", "renormalize", "renormalize_eps", "scale", "logits_float32", "round_weights")
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    N_GROUP_FIELD_NUMBER: _ClassVar[int]
+    TOPK_GROUP_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SCORE_FIELD_NUMBER: _ClassVar[int]
+    RENORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    RENORMALIZE_EPS_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FLOAT32_FIELD_NUMBER: _ClassVar[int]
+    ROUND_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    score: str
+    n_group: int
+    topk_group: int
+    group_score: str
+    renormalize: bool
+    renormalize_eps: float
+    scale: float
+    logits_float32: bool
+    round_weights: bool
+    def __init__(self, score: _Optional[str] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., group_score: _Optional[str] = ..., renormalize: bool = ..., renormalize_eps: _Optional[float] = ..., scale: _Optional[float] = ..., logits_float32: bool = ..., round_weights: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "non_finite_policy", "include_shared", "want_detail", "request_id", "hidden_states_scale")

@@ -94,7 +94,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def feed_forward_weights(model: PreTrainedModel) -> set[str]:
     """Names of what a model holds of its feed-forward layers."""
-    return {name for name in model.state_dict() if any(part in name for part in FEED_FORWARD)}
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return {name for name, _ in held if any(part in name for part in FEED_FORWARD)}
 
 
 @pytest.fixture(scope="module", autouse=True)
