@@ -8,8 +8,6 @@ import logging
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,78 +31,31 @@ from expertmesh import (
     UnavailableError,
 )
 from expertmesh.huggingface import attach, load_without_experts
+from tests.attached import (
+    TOKENS,
+    Served,
+    both_gates,
+    generate,
+    logits,
+    relative_error,
+    serve,
+)
 from tests.checkpoints import (
     FAMILIES,
     build_model,
     edit_config,
-    make_checkpoint,
     make_fp8_checkpoint,
 )
 from tests.mesh import local_mesh
 
-NEW_TOKENS = 12
-# Two texts, the first of them shorter: padded at its left.
-TOKENS = torch.randint(2, 128, (2, 7), generator=torch.Generator().manual_seed(0))
-MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 FEED_FORWARD = (".mlp.", ".block_sparse_moe.")
 GATES = (".gate.weight", ".gate.e_score_correction_bias")
-
-both_gates = pytest.mark.parametrize("gate", ["cluster", "model"])
-
-
-@dataclass(frozen=True)
-class Served:
-    """A cluster, and the model that it serves as it is in process."""
-
-    family: str
-    path: Path
-    address: str
-    reference: PreTrainedModel
-    logits: torch.Tensor
-    text: torch.Tensor
-
-    def model(self) -> PreTrainedModel:
-        """The same model once more, to attach."""
-        return build_model(self.family)
-
-
-@contextmanager
-def serve(family: str, path: Path) -> Iterator[Served]:
-    reference = make_checkpoint(family, path)
-    with local_mesh(path) as mesh:
-        yield Served(family, path, mesh.address, reference, logits(reference), generate(reference))
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    output: torch.Tensor = model(TOKENS, attention_mask=MASK).logits
-    return output
-
-
-def generate(model: PreTrainedModel) -> torch.Tensor:
-    output: torch.Tensor = model.generate(
-        TOKENS, attention_mask=MASK, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
-    return output
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def feed_forward_weights(model: PreTrainedModel) -> set[str]:
     """Names of what a model holds of its feed-forward layers."""
     held = [*model.named_parameters(), *model.named_buffers()]
     return {name for name, _ in held if any(part in name for part in FEED_FORWARD)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second one, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -31,10 +31,8 @@ def wrong_defaults(family: Family, keys: set[str]) -> dict[str, tuple[object, ob
     ours = Config(Path("config.json"), {}, family.defaults)
     found = {}
     for key in keys | set(family.defaults):
-        if hasattr(theirs, key):
-            expected = getattr(theirs, key)
-        else:
-            expected = UNKNOWN_TO_TRANSFORMERS[key]
+        known = hasattr(theirs, key)
+        expected = getattr(theirs, key) if known else UNKNOWN_TO_TRANSFORMERS[key]
         if ours.get(key) != expected:
             found[key] = (ours.get(key), expected)
     return found

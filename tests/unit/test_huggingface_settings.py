@@ -65,17 +65,21 @@ def test_the_model_that_is_served_attaches(model_type: str, gate: str) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_no_model_attaches_that_differs_in_one_setting(model_type: str, gate: str) -> None:
     info = described(build_config(model_type), model_type)
-    tried = set()
+    tried = list(changes(model_type))
 
-    for key, other in changes(model_type):
+    silent = []
+    for key, other in tried:
         config = build_config(model_type)
         setattr(config, key, other)
-        with pytest.raises(MeshError, match=r"in the model and .* in the cluster|expected"):
+        try:
             check_model(config, info, gate)
-            pytest.fail(f"{key}={other!r} attaches in silence")
-        tried.add(key)
+        except MeshError:
+            continue
+        silent.append((key, other))
 
-    assert {"hidden_size", "num_hidden_layers", "hidden_act", "num_experts_per_tok"} <= tried
+    assert silent == []
+    keys = {key for key, _ in tried}
+    assert {"hidden_size", "num_hidden_layers", "hidden_act", "num_experts_per_tok"} <= keys
 
 
 @pytest.mark.parametrize(
@@ -168,5 +172,5 @@ def test_a_router_that_does_not_say_enough_is_refused() -> None:
         for layer in info.layers
     ]
 
-    with pytest.raises(MismatchError, match="earlier release.*same release of expertmesh on both"):
+    with pytest.raises(MismatchError, match=r"earlier release.*same release of expertmesh on both"):
         check_model(config, replace(info, layers=tuple(map(layer_of, old))), "cluster")
