@@ -17,6 +17,7 @@ from expertmesh.checkpoint import fp8
 from expertmesh.checkpoint.config import Config
 from expertmesh.checkpoint.families import FAMILIES
 from expertmesh.checkpoint.family import Family
+from expertmesh.checkpoint.missing import explain
 from expertmesh.checkpoint.safetensors_file import PIECE_BYTES, Pause, no_pause, pieces
 from expertmesh.checkpoint.tensor_store import TensorStore, read_json
 from expertmesh.errors import CheckpointError, ConfigError
@@ -41,18 +42,19 @@ class Checkpoint:
     """An open checkpoint folder. Reading is thread-safe; close it, or use it in a `with`.
 
     Opening reads config.json and the headers of the weight files, and checks that every tensor of
-    every served layer is there with the right shape. Layers beyond `num_hidden_layers` (multi-token
-    prediction) are not served. Raises CheckpointError, naming the file and the tensor or key.
+    every served layer is there with the right shape. Other tensors (attention, multi-token
+    prediction beyond `num_hidden_layers`) may be missing or in any format: nobody reads them.
+    Raises CheckpointError, naming the file and the tensor or key.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config = _read_config(path)
+        self._config = config = _read_config(path)
         self._family = FAMILIES[str(config.get("model_type"))]
-        self._block = fp8.read_block(config)
         layers = tuple(_read_layers(config, self._family))
         self._tensors = TensorStore(path)
         try:
+            self._block = self._read_block(layers)
             self.spec = ModelSpec(
                 model_type=self._family.model_type,
                 hidden_size=config.size("hidden_size"),
@@ -72,9 +74,12 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Hex sha256 that two folders share only when they hold the same model: over what
-        config.json means, every tensor's name and place, and samples of the data."""
-        return self._tensors.digest(json.dumps(asdict(self.spec), sort_keys=True, default=str))
+        """Hex sha256 that two folders share only when the same is served from them: over what
+        config.json means, name and place of every tensor that is read, and samples of the data."""
+        meaning = json.dumps(asdict(self.spec), sort_keys=True, default=str)
+        names = self._served_names(self.spec.layers)
+        scales = [scale for name in names if (scale := self._scale_name(name))]
+        return self._tensors.digest(meaning, [*names, *scales])
 
     @property
     def bytes_read(self) -> int:
@@ -157,6 +162,40 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: has no layer {index}")
         return layer
 
+    def _served_names(self, layers: tuple[LayerSpec, ...]) -> list[str]:
+        """Every tensor that servers and routers read, without scales."""
+        names = [
+            name
+            for layer in layers
+            for slot in layer.slots()
+            for name in self._family.weight_names(layer, slot)
+        ]
+        for layer in layers:
+            if layer.gate is not None:
+                gate = self._family.gate_name(layer.index)
+                bias = self._family.bias_name(layer.index)
+                shared_gate = self._family.shared_gate_name(layer)
+                names += [name for name in (gate, bias, shared_gate) if name]
+        return names
+
+    def _read_block(self, layers: tuple[LayerSpec, ...]) -> fp8.Block | None:
+        """The FP8 block of what is served. Another scheme is none of our business where it was
+        applied to other tensors only; one that was applied to nothing at all is refused."""
+        names = self._served_names(layers)
+        is_plain = all(
+            name in self._tensors and self._tensors.info(name).dtype in _RUN_DTYPES.values()
+            for name in names
+        )
+        modules = {name.rpartition(".")[0] for name in names if name.endswith(".weight")}
+        served = set(names)
+        scaled = any(
+            name.rpartition(".")[0] in modules and name not in served for name in self._tensors
+        )
+        elsewhere = self._tensors.dtypes() - set(_RUN_DTYPES.values())
+        if is_plain and not scaled and elsewhere:
+            return None
+        return fp8.read_block(self._config)
+
     def _scale_name(self, name: str) -> str | None:
         quantized = self._tensors.info(name).dtype == torch.float8_e4m3fn
         return name + fp8.SCALE_SUFFIX if quantized else None
@@ -208,6 +247,9 @@ class Checkpoint:
                 self._check_tensor(shared_gate, (1, hidden))
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._tensors:
+            reason = explain(name, self._tensors, self._config)
+            raise CheckpointError(f"{self._tensors.listing}: {name} is missing{reason}")
         info = self._tensors.info(name)
         path = self._tensors.path_of(name)
         if info.shape != shape:

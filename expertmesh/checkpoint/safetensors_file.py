@@ -67,10 +67,12 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: Tensors of a dtype that is not known here, which cannot be read: name → dtype.
+        self.unreadable: dict[str, str] = {}
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+            raise CheckpointError(f"{path}: cannot be opened: {because(error, path)}") from error
         try:
             self.tensors: Mapping[str, TensorInfo] = self._read_header()
         except BaseException:
@@ -137,23 +139,25 @@ class SafetensorsFile:
         entries.pop("__metadata__", None)
         tensors = {name: self._parse(name, entry, 8 + length) for name, entry in entries.items()}
         self._check_layout(tensors, 8 + length, size)
-        return tensors
+        return {name: info for name, info in tensors.items() if name not in self.unreadable}
 
     def _parse(self, name: str, entry: object, data_start: int) -> TensorInfo:
         if not isinstance(entry, dict):
             raise CheckpointError(f"{self.path}: {name}: its header entry is not an object")
-        dtype = DTYPES.get(str(entry.get("dtype")))
-        if dtype is None:
-            raise CheckpointError(f"{self.path}: {name}: unknown dtype {entry.get('dtype')!r}")
         shape = tuple(self._sizes(name, "shape", entry))
         offsets = list(self._sizes(name, "data_offsets", entry))
-        num_bytes = math.prod(shape) * dtype.itemsize
+        dtype = DTYPES.get(str(entry.get("dtype")))
+        if dtype is None:  # an error only for whoever wants to read it
+            self.unreadable[name] = str(entry.get("dtype"))
+            num_bytes = max(0, offsets[-1] - offsets[0]) if offsets else 0
+        else:
+            num_bytes = math.prod(shape) * dtype.itemsize
         if len(offsets) != 2 or offsets[1] - offsets[0] != num_bytes:
             raise CheckpointError(
                 f"{self.path}: {name}: data_offsets {offsets} do not hold the {num_bytes} bytes "
                 f"of {list(shape)} {entry['dtype']}"
             )
-        return TensorInfo(dtype, shape, data_start + offsets[0], num_bytes)
+        return TensorInfo(dtype or torch.uint8, shape, data_start + offsets[0], num_bytes)
 
     def _sizes(self, name: str, key: str, entry: Mapping[str, object]) -> Iterator[int]:
         values = entry.get(key)
@@ -178,6 +182,16 @@ class SafetensorsFile:
                 )
         if start != size:
             raise CheckpointError(f"{self.path}: {size - start} bytes follow the last tensor")
+
+
+def because(error: OSError, path: Path) -> str:
+    """Why a file could not be opened; says so where it is a link that leads nowhere."""
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        return (
+            f"it is a symbolic link to {os.readlink(path)}, which is not there: the download was "
+            "not completed, or only the links were copied"
+        )
+    return str(error.strerror)
 
 
 def memory(tensor: torch.Tensor) -> memoryview:

@@ -1,16 +1,26 @@
-"""Every tensor of a checkpoint folder, in whichever of its files it lies."""
+"""Every tensor of a checkpoint folder, in whichever of its files it lies.
+
+A file is opened when a tensor in it is asked for, so that one which nobody reads need not be there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from expertmesh.checkpoint.safetensors_file import Pause, SafetensorsFile, TensorInfo, no_pause
+from expertmesh.checkpoint.safetensors_file import (
+    Pause,
+    SafetensorsFile,
+    TensorInfo,
+    because,
+    no_pause,
+)
 from expertmesh.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -20,34 +30,25 @@ _SAMPLE_BYTES = 64
 
 
 class TensorStore:
-    """The open files of one checkpoint. Reading is thread-safe.
+    """The files of one checkpoint. Reading is thread-safe.
 
     A folder with both a single file and an index is read as transformers reads it: the single file.
     Raises CheckpointError, naming the file and the tensor, when something is missing or garbled.
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._files: dict[str, SafetensorsFile] = {}
         self._lock = threading.Lock()
         self._bytes_read = 0
-        try:
-            self._open_all(folder)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open_all(self, folder: Path) -> None:
-        if (folder / SINGLE_FILE).exists():
+        if (folder / SINGLE_FILE).exists() or not os.path.lexists(folder / INDEX_FILE):
             self.listing = folder / SINGLE_FILE
-            self._files[SINGLE_FILE] = SafetensorsFile(self.listing)
-            self._file_of = dict.fromkeys(self._files[SINGLE_FILE].tensors, SINGLE_FILE)
-        elif (folder / INDEX_FILE).exists():
+            _check_is_there(self.listing)
+            file = self._files[SINGLE_FILE] = SafetensorsFile(self.listing)
+            self._file_of = dict.fromkeys([*file.tensors, *file.unreadable], SINGLE_FILE)
+        else:
             self.listing = folder / INDEX_FILE
             self._file_of = _read_index(self.listing)
-            for name in sorted(set(self._file_of.values())):
-                self._files[name] = SafetensorsFile(folder / name)
-        else:
-            raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
 
     @property
     def bytes_read(self) -> int:
@@ -61,6 +62,16 @@ class TensorStore:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        """The name of every tensor that the folder lists, read or not."""
+        return iter(self._file_of)
+
+    def dtypes(self) -> set[torch.dtype | str]:
+        """How tensors are stored in the files opened so far; by name where torch has none."""
+        files = list(self._files.values())
+        known = {info.dtype for file in files for info in file.tensors.values()}
+        return known.union(*(file.unreadable.values() for file in files))
 
     def path_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -78,10 +89,10 @@ class TensorStore:
             self._bytes_read += file.tensors[name].num_bytes
         return tensor
 
-    def digest(self, header: str) -> str:
-        """Hex sha256 over `header`, every tensor's name, dtype, shape and place, and samples of
-        the data: cheap, the same on every machine, different for retrained weights."""
-        names = sorted(self._file_of)
+    def digest(self, header: str, names: Sequence[str]) -> str:
+        """Hex sha256 over `header`, the named tensors' dtypes, shapes and places, and samples of
+        their data: cheap, the same on every machine, different for retrained weights."""
+        names = sorted(names)
         sha = hashlib.sha256(header.encode())
         for name in names:
             info = self.info(name)
@@ -97,10 +108,31 @@ class TensorStore:
         file_name = self._file_of.get(name)
         if file_name is None:
             raise CheckpointError(f"{self.listing}: {name} is missing")
-        file = self._files[file_name]
+        file = self._open(file_name)
+        if name in file.unreadable:
+            raise CheckpointError(f"{file.path}: {name}: unknown dtype {file.unreadable[name]!r}")
         if name not in file.tensors:
             raise CheckpointError(f"{file.path}: {name} is missing, but the index puts it here")
         return file
+
+    def _open(self, file_name: str) -> SafetensorsFile:
+        file = self._files.get(file_name)
+        if file is None:
+            with self._lock:
+                file = self._files.get(file_name)
+                if file is None:
+                    file = self._files[file_name] = SafetensorsFile(self._folder / file_name)
+        return file
+
+
+def _check_is_there(single: Path) -> None:
+    """Raises CheckpointError saying what the folder has instead of weights that can be read."""
+    if os.path.lexists(single):
+        return
+    endings = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+    found = sorted(each.name for each in single.parent.glob("*") if each.name.endswith(endings))
+    instead = f"; it holds {', '.join(found[:5])}, which is another format" if found else ""
+    raise CheckpointError(f"{single.parent}: holds neither {SINGLE_FILE} nor {INDEX_FILE}{instead}")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -119,7 +151,7 @@ def read_json(path: Path) -> Mapping[str, object]:
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path}: cannot be read: {because(error, path)}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(values, dict):
