@@ -156,10 +156,11 @@ def edit_tensors(path: Path, **changes: torch.Tensor | None) -> None:
 
 
 def make_fp8_checkpoint(
-    path: Path, *, seed: int = 0, **config_overrides: Any
+    path: Path, *, seed: int = 0, attention: bool = False, **config_overrides: Any
 ) -> dict[str, torch.Tensor]:
     """Saves a DeepSeek-V3 as DeepSeek does: FP8 in blocks of 128 x 128, and an MTP layer after the
-    last. Sizes are no multiples of 128, so that edge blocks are partial.
+    last. Sizes are no multiples of 128, so that edge blocks are partial. With `attention` its
+    projections are FP8 too, and the rest is bfloat16, as in what DeepSeek released.
 
     Returns every tensor of the checkpoint, dequantised, in float32, without the MTP layer.
     """
@@ -173,12 +174,15 @@ def make_fp8_checkpoint(
     stored: dict[str, torch.Tensor] = {}
     reference: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(path / "model.safetensors").items():
-        if name.endswith("_proj.weight") and ".mlp." in name:
+        projects = "_proj" in name and name.endswith(".weight")
+        if projects and (attention or ".mlp." in name):
             quantized, scale_inv = quantize_blocks(tensor)
             stored[name], stored[name + "_scale_inv"] = quantized, scale_inv
             reference[name] = dequantize_slowly(quantized, scale_inv)
         else:
-            stored[name] = reference[name] = tensor
+            is_bias = name.endswith("e_score_correction_bias")
+            stored[name] = tensor.bfloat16() if attention and not is_bias else tensor
+            reference[name] = stored[name].float()
     mtp = f"model.layers.{model.config.num_hidden_layers}.mlp.gate.weight"
     save_file({**stored, mtp: torch.ones(3)}, path / "model.safetensors")
     edit_config(

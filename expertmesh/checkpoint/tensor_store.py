@@ -121,8 +121,12 @@ class TensorStore:
             with self._lock:
                 file = self._files.get(file_name)
                 if file is None:
-                    file = self._files[file_name] = SafetensorsFile(self._folder / file_name)
+                    file = self._files[file_name] = SafetensorsFile(self.path_to(file_name))
         return file
+
+    def path_to(self, file_name: str) -> Path:
+        """Where a file of the checkpoint is."""
+        return self._folder / file_name
 
 
 def _check_is_there(single: Path) -> None:

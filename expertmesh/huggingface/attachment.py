@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from expertmesh.client import Mesh, connect
 from expertmesh.errors import ConfigError
+from expertmesh.huggingface.dequantised import check_exact
 from expertmesh.huggingface.matching import check_gate, check_model
 from expertmesh.huggingface.modules import (
     IMPLEMENTATION,
@@ -153,6 +154,7 @@ def attach(
     attachment = open_attachment(model.config, address, gate, timeout, wire_dtype)
     try:
         _check_untouched(model, attachment)
+        check_exact(model)
         install(model, attachment)
     except BaseException:
         attachment.close()

@@ -44,9 +44,7 @@ from tests.checkpoints import (
     FAMILIES,
     build_model,
     edit_config,
-    make_fp8_checkpoint,
 )
-from tests.mesh import local_mesh
 
 FEED_FORWARD = (".mlp.", ".block_sparse_moe.")
 GATES = (".gate.weight", ".gate.e_score_correction_bias")
@@ -195,20 +193,6 @@ def test_the_keys_left_out_are_not_reported(deepseek: Served) -> None:
         logger.removeHandler(handler)
 
     assert [r.getMessage() for r in records if r.levelno >= logging.WARNING] == []
-
-
-def test_an_fp8_checkpoint_is_loaded_without_its_experts(tmp_path: Path) -> None:
-    weights = make_fp8_checkpoint(tmp_path)
-    with local_mesh(tmp_path) as mesh:
-        model = load_without_experts(tmp_path, mesh.address, dtype=torch.float32)
-        with model.expertmesh:
-            actual = logits(model)
-        with pytest.raises(ConfigError, match="use gate='cluster'"):
-            load_without_experts(tmp_path, mesh.address, gate="model")
-
-    assert feed_forward_weights(model) == set()
-    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"].to(model.dtype))
-    assert actual.isfinite().all()
 
 
 def test_loading_that_fails_leaves_transformers_as_it_was(deepseek: Served) -> None:
