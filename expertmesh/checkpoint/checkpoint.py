@@ -123,6 +123,25 @@ class Checkpoint:
         matrices, scales = zip(*(self._read_fp8(name, dtype, pause) for name in names), strict=True)
         return Fp8ExpertWeights(*matrices, *scales)
 
+    def sample(self, slot: Slot, matrix: int, count: int) -> tuple[int, torch.Tensor]:
+        """Up to `count` weights from the middle of a slot's gate (0), up (1) or down (2) matrix.
+
+        Returns where they start, in row-major order, and their values: in the dtype of the file,
+        FP8 in float32.
+        """
+        name = self._family.weight_names(self._layer(slot.layer), slot)[matrix]
+        rows, columns = self._tensors.info(name).shape
+        count = min(count, rows * columns)
+        first = (rows * columns - count) // 2
+        values = self._tensors.read_span(name, first, count)
+        scale_name = self._scale_name(name)
+        if scale_name and self._block:
+            scales = self._tensors.read(scale_name).float()
+            place = torch.arange(first, first + count)
+            row, column = place // columns // self._block.rows, place % columns
+            values = values.float() * scales[row, column // self._block.columns]
+        return first, values
+
     def read_gate(self, layer: int, dtype: torch.dtype | None = None) -> GateWeights:
         """What a router needs of one MoE layer, for a model that runs in `dtype` (None: the
         checkpoint's own). The matrix is float32 where the family computes float32 logits."""

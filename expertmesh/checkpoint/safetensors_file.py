@@ -96,6 +96,13 @@ class SafetensorsFile:
             pause()
         return tensor
 
+    def read_span(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` elements of a tensor from the `first` on, in row-major order."""
+        info = self.tensors[name]
+        tensor = torch.empty(count, dtype=info.dtype)
+        self._read_into(memory(tensor), info.start + first * info.dtype.itemsize, name)
+        return tensor
+
     def sample(self, name: str, num_bytes: int) -> bytes:
         """Up to `num_bytes` bytes from the middle of a tensor."""
         info = self.tensors[name]

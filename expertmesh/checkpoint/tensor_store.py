@@ -89,6 +89,10 @@ class TensorStore:
             self._bytes_read += file.tensors[name].num_bytes
         return tensor
 
+    def read_span(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` elements of a tensor from the `first` on, in its stored dtype."""
+        return self._find(name).read_span(name, first, count)
+
     def digest(self, header: str, names: Sequence[str]) -> str:
         """Hex sha256 over `header`, the named tensors' dtypes, shapes and places, and samples of
         their data: cheap, the same on every machine, different for retrained weights."""

@@ -24,6 +24,7 @@ from expertmesh.huggingface.modules import (
     refuse_to_save,
 )
 from expertmesh.huggingface.untouched import check_untouched
+from expertmesh.huggingface.weights import check_weights
 from expertmesh.info import LayerInfo
 
 # What a block adds to its experts' output; the cluster adds it in the same RPC.
@@ -135,10 +136,11 @@ def attach(
     the model's own gates choose and weigh the experts, the cluster computes them. Dense layers and
     shared experts run in the cluster either way. The model's own copies are freed. It generates as
     before, and neither trains nor can be saved: `backward` and `state_dict` raise. It has to be the
-    model that the cluster serves: every setting of its feed-forward layers is compared, and they
-    have to be as transformers builds them, without adapters or hooks inside; values of weights are
-    not compared. Hooks on a block itself stay. `wire_dtype` lets hidden states travel narrower, see
-    `expertmesh.connect`. docs/huggingface.md has more.
+    model that the cluster serves: every setting of its feed-forward layers is compared, they have
+    to be as transformers builds them, without adapters or hooks inside, and a few weights are
+    compared where the model was loaded from the folder that is served. Hooks on a block itself
+    stay. `wire_dtype` lets hidden states travel narrower, see `expertmesh.connect`.
+    docs/huggingface.md has more.
 
     Raises ConfigError or MismatchError, leaving the model as it was, when it is of a family that
     is not served, differs from what the cluster serves or is attached already, and
@@ -208,7 +210,9 @@ def _check_untouched(model: PreTrainedModel, attachment: Attachment) -> None:
         _dropped(module.mlp, keeps_gates and layer.kind == "moe")
         for layer, module in zip(layers, decoder, strict=True)
     ]
-    check_untouched(model.config, decoder, _name_of(model, decoder[0]), dropped)
+    name = _name_of(model, decoder[0])
+    check_untouched(model.config, decoder, name, dropped)
+    check_weights(model.config, attachment.mesh.describe(), decoder, name, keeps_gates)
 
 
 def _check_not_attached(model: PreTrainedModel) -> None:

@@ -89,9 +89,11 @@ def load_without_experts(
     attachment = open_attachment(config, address, gate, timeout, wire_dtype)
     try:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        load = _load_dequantised if dequantises else _load
         with BUILDING, _feed_forward_left_out(model_class, gate):
-            model, info = load(model_class, path, config, gate, kwargs)
+            if dequantises:
+                model, info = _load_dequantised(model_class, path, config, gate, kwargs)
+            else:
+                model, info = _load(model_class, path, config, kwargs)
         _check_complete(path, info)
         install(model, attachment)
     except BaseException:
@@ -102,9 +104,8 @@ def load_without_experts(
 
 def _load(
     model_class: type[PreTrainedModel],
-    path: str | Path,
+    path: str | Path | None,
     config: PretrainedConfig,
-    gate: str,
     kwargs: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model as transformers reads it, and what it says of the reading."""
@@ -128,9 +129,7 @@ def _load_dequantised(
     weights = read_weights(path, config, where, _FEED_FORWARD_KEYS, gate == "model", dtype)
     plain = copy.deepcopy(config)
     del plain.quantization_config
-    model, info = _load(
-        model_class, None, plain, gate, {**others, "state_dict": weights, "dtype": dtype}
-    )
+    model, info = _load(model_class, None, plain, {**others, "state_dict": weights, "dtype": dtype})
     model.config.name_or_path = str(path)
     with suppress(OSError):  # there is none: the configuration says how to generate
         model.generation_config = GenerationConfig.from_pretrained(path, **where)

@@ -2,7 +2,7 @@
 
 Adapters, hooks, parametrisations, quantised or pruned layers and patched methods are found by
 comparing each layer with a twin: what transformers builds for the same configuration, without
-storage. Values of weights are compared elsewhere, if at all.
+storage. `weights.py` compares a few values.
 """
 
 from __future__ import annotations
