@@ -185,11 +185,11 @@ class RouterConfig:
     # itself, for another one would read the same experts' weights beside it; 0: none
     small_rows: int = 256  # requests of more rows queue apart: decoding does not wait for prompts
     default_timeout_s: float = 30.0  # for requests that bring no deadline
-    hedge_after_s: float = 0.25  # a silent server's rows go to a replica too after this; with
-    # `hedge_factor` times its usual time where that is longer
+    hedge_after_s: float = 0.25  # a server is overdue after this, or after `hedge_factor` times its
+    # usual time where that is longer: a replica may be asked too
     hedge_factor: float = 4.0
-    hedge_share: float = 0.05  # of all askings may be second ones ...
-    hedge_burst: float = 8.0  # ... and this many at once: a silent server holds a few batches
+    hedge_share: float = 0.05  # of all askings may be second ones of a server that is slow ...
+    hedge_burst: float = 8.0  # ... and this many at once: it holds a few batches
     retry_pause_s: float = 0.02  # between two looks for a server, when none can be asked
     reconnect_pause_s: float = 0.1  # between two tries to connect, doubled up to ...
     reconnect_max_pause_s: float = 1.0  # ... this: actors come back within seconds

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from expertmesh import dispatch
-from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
+from expertmesh.codec.messages import ExecuteResponse
 from expertmesh.config import RouterConfig
 from expertmesh.dispatch import Contribution, Ids, Part
 from expertmesh.errors import (
@@ -30,10 +28,12 @@ from expertmesh.placement import SlotMap
 from expertmesh.rpc.answering import first_mesh_error
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.timers import Timers
-from router_service.link import ServerLink
+from router_service.asking import Ask, Run, drop, failed, note_answer, succeeded, wake
 from router_service.pool import ExpertPool
+from router_service.probing import Probes
 from router_service.routing import RoutedBatch
 from router_service.snapshot import Snapshot
+from router_service.standing import HedgeBudget
 
 #: A server that answers so may be asked again, or another one instead. Its pairs are still missing.
 RETRYABLE = (UnavailableError, OverloadedError, StaleEpochError, SlotNotHeldError)
@@ -53,62 +53,12 @@ class FanOutResult:
     retried_T: npt.NDArray[np.int64] | None
 
 
-@dataclass(slots=True)
-class _Run:
-    """One batch on its way."""
-
-    batch: RoutedBatch
-    layer: int
-    deadline: Deadline
-    salt: int
-    retried_T: npt.NDArray[np.int64] | None = None  # see FanOutResult
-    broken: dict[str, int] = field(default_factory=dict)  # internal errors by server
-
-    @property
-    def rows(self) -> int:
-        return self.batch.hidden.shape[0]
-
-    def count_again(self, part: Part) -> None:
-        """Notes that a part's pairs are sent again."""
-        if self.retried_T is None:
-            self.retried_T = np.zeros(self.rows, np.int64)
-        pairs_R = (part.expert_ids >= 0).sum(1)
-        if part.rows is None:
-            self.retried_T += pairs_R
-        else:
-            self.retried_T[part.rows] += pairs_R
-
-
-@dataclass(slots=True)
-class _Ask:
-    """One part, as one server was asked for it."""
-
-    part: Part
-    server: str
-    link: ServerLink | None  # None for a server that has left the directory
-    shape: torch.Size  # of the answer
-    future: asyncio.Future[ExecuteResponse]
-    patience_s: float  # how long to wait before a replica may be asked too
-    asked_at: float = field(default_factory=time.monotonic)
-    looked_at: float = 0.0  # when the patience with the server last ended
-
-    @property
-    def right(self) -> bool:
-        """Whether the answer is here, and is one."""
-        return _succeeded(self.future) and self.future.result().hidden_states.shape == self.shape
-
-    def until_look_s(self) -> float:
-        """Seconds until the patience with the server ends; 0 when it has."""
-        since = self.looked_at or self.asked_at
-        return max(0.0, since + self.patience_s - time.monotonic())
-
-
 class FanOut:
     """Sends a batch's pairs to the servers that hold them, and sends again what fails.
 
     A part's partial sum counts when the part is answered, whole; a part that fails contributes
     nothing, and its pairs are planned anew. Of a part that was sent twice, because its server was
-    silent, one answer is taken and the other dropped. So no pair is missing or doubled.
+    slow or silent, one answer is taken and the other dropped. So no pair is missing or doubled.
     """
 
     def __init__(
@@ -118,10 +68,13 @@ class FanOut:
         self._pool = pool
         self._slots = slots
         self._config = config
-        self.hedges = 0  # parts asked of a replica because their server was silent
+        self.hedges = 0  # parts asked of a replica because their server was slow or silent
         self._salt = 0
         self._timers = Timers()
-        self._hedges = HedgeBudget(config.hedge_burst, config.hedge_share)
+        self._budget = HedgeBudget(config.hedge_burst, config.hedge_share)
+        self._probes = Probes(pool, self._timers)
+        self._sleeping: set[asyncio.Future[None]] = set()  # those that wait for answers
+        pool.on_left_out = self._wake_all
 
     async def run(
         self, batch: RoutedBatch, layer: int, snapshot: Snapshot, deadline: Deadline
@@ -131,25 +84,26 @@ class FanOut:
         Raises UnavailableError when a pair finds no server before the deadline, DeadlineError.
         """
         self._salt += 1
-        run = _Run(batch, layer, deadline, self._salt)
+        run = Run(batch, layer, deadline, self._salt)
+        self._probes.send(run, snapshot.slots)
         contributions = await self._complete(run, batch.expert_ids, snapshot.slots, frozenset())
         return FanOutResult(contributions, run.retried_T)
 
     async def _complete(
-        self, run: _Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
+        self, run: Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
         """Partial sums for the pairs in `ids`, from servers outside `avoid` as long as any is."""
         return await self._all(run, await self._plan_until_placed(run, ids, slots, avoid))
 
-    async def _all(self, run: _Run, planned: _Planned) -> list[Contribution]:
+    async def _all(self, run: Run, planned: _Planned) -> list[Contribution]:
         """Partial sums of every part, asked for at the same time."""
         parts, slots, avoid = planned
         asks = [self._ask(run, part, slots) for part in parts]
         try:
             # Almost always everyone answers in time: one wait for all, and no task for each.
-            await self._wait_for_all(run, asks)
+            await self._sleep(run, asks)
             if all(ask.right for ask in asks):
-                self._hedges.earn(len(asks))
+                self._budget.earn(len(asks))
                 return [self._take(ask) for ask in asks]
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._part(run, ask, slots, avoid)) for ask in asks]
@@ -157,41 +111,49 @@ class FanOut:
             raise first_mesh_error(failures) from None
         finally:
             for ask in asks:
-                _drop(ask.future)
+                drop(ask.future)
         return [contribution for task in tasks for contribution in task.result()]
 
-    async def _wait_for_all(self, run: _Run, asks: list[_Ask]) -> None:
-        """Returns when all are answered, one has failed, or the patience with one ends."""
-        futures = [ask.future for ask in asks if not ask.future.done()]
-        if not futures:
-            return
-        left, enough = len(futures), asyncio.get_running_loop().create_future()
+    async def _sleep(self, run: Run, asks: Sequence[Ask]) -> None:
+        """Returns when all are answered or one has failed; when it is time to look at one that is
+        not; and when a server has been left out."""
+        left, look_at = 0, run.deadline.at
+        enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def answered(future: asyncio.Future[ExecuteResponse]) -> None:
             nonlocal left
             left -= 1
-            if left == 0 or not _succeeded(future):
-                _wake(enough)
+            if left == 0 or not succeeded(future):
+                wake(enough)
 
-        for future in futures:
-            future.add_done_callback(answered)
-        patience_s = min(ask.patience_s for ask in asks)
-        wait_s = max(0.0, min(patience_s, run.deadline.remaining))
-        timer = self._timers.after(wait_s, partial(_wake, enough))
+        pending = [ask for ask in asks if not ask.future.done()]
+        if not pending or any(ask.failed for ask in asks):
+            return
+        for ask in pending:
+            left, look_at = left + 1, min(look_at, ask.look_at)
+            ask.future.add_done_callback(answered)
+        timer = self._timers.after(max(0.0, look_at - time.monotonic()), partial(wake, enough))
+        self._sleeping.add(enough)
         try:
             await enough
         finally:
+            self._sleeping.discard(enough)
             timer.cancel()
-            for future in futures:
-                if not future.done():
-                    future.remove_done_callback(answered)
+            for ask in pending:
+                if not ask.future.done():
+                    ask.future.remove_done_callback(answered)
+
+    def _wake_all(self) -> None:
+        """A server has been left out: whoever waits for it looks whether replicas may be asked."""
+        for waiter in self._sleeping:
+            wake(waiter)
 
     async def _plan_until_placed(
-        self, run: _Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
+        self, run: Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
     ) -> _Planned:
         """A plan for all pairs; waits for servers to come (back) while some pair has none."""
         while True:
-            holders = self._pool.holders(slots, run.layer, avoid)
+            holders = self._pool.holders(slots, run.layer, avoid, run.rows)
             parts, unplaced = dispatch.plan(ids, holders, run.salt)
             if unplaced is None:
                 return parts, slots, avoid
@@ -209,7 +171,7 @@ class FanOut:
             slots = self._slots()
 
     async def _part(
-        self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
+        self, run: Run, ask: Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
         """The answer to one asking, or the same pairs from others when it fails, until the
         deadline."""
@@ -233,85 +195,136 @@ class FanOut:
             ask = self._ask(run, part, slots)
 
     async def _answer_or_hedge(
-        self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
+        self, run: Run, ask: Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
-        """The server's answer, or, when it is silent for too long, the first of two answers."""
+        """The server's answer, or, when it is overdue or left out, the first of two answers."""
         try:
-            while not (await self._wait(run, ask)):
-                if self._may_hedge(run, ask, slots, avoid | {ask.server}):
-                    return await self._race(run, ask, slots, avoid)
-            self._hedges.earn(1)
-            return [self._take(ask)]
+            while not ask.future.done():
+                others = self._second_asking(run, ask, slots, avoid)
+                if others is not None:
+                    return await self._race(run, ask, slots, others)
+                await self._sleep_until_deadline(run, ask)
+            answer = [self._take(ask)]
+            self._budget.earn(1)
+            return answer
         finally:
-            _drop(ask.future)
+            drop(ask.future)
 
-    async def _wait(self, run: _Run, ask: _Ask) -> bool:
-        """Whether the answer is here once the patience with the server has ended."""
-        left_s = run.deadline.remaining
-        if left_s <= 0:
+    async def _sleep_until_deadline(self, run: Run, ask: Ask) -> None:
+        if run.deadline.remaining <= 0:
             raise DeadlineError(
                 f"expert server {ask.server} did not answer before the deadline: allow more time, "
                 "or send fewer rows"
             )
-        wait_s = min(ask.until_look_s(), left_s)
-        if not (await asyncio.wait((ask.future,), timeout=wait_s))[0]:
-            ask.looked_at = time.monotonic()
-            return False
-        return True
+        await self._sleep(run, (ask,))
 
-    def _may_hedge(self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]) -> bool:
-        """Whether replicas hold the part, and it is right to ask them too."""
-        holders = self._pool.holders(slots, run.layer, avoid)
-        if dispatch.plan(ask.part.expert_ids, holders, run.salt)[1] is not None:
-            return False
-        return (ask.link is not None and ask.link.suspect) or self._hedges.spend()
+    def _second_asking(
+        self, run: Run, ask: Ask, slots: SlotMap, avoid: frozenset[str]
+    ) -> frozenset[str] | None:
+        """Whom not to ask, where it is right to ask replicas too and they hold the part.
+
+        See `standing`: who is left out or silent is asked around at once, who is slow as often as
+        the budget allows.
+        """
+        now, link = time.monotonic(), ask.link
+        if link is None or not (now >= ask.look_at or ask.left_out):
+            return None
+        silent_at = link.standing.silent_at(ask.asked_at, ask.rows, ask.patience_s)
+        ask.look_at = now + self._config.hedge_after_s
+        if silent_at > now:
+            ask.look_at = min(ask.look_at, silent_at)
+        avoid = avoid | {ask.server}
+        unproven = avoid | self._unproven(ask, now)
+        trusted = avoid | self._pool.left_out(ask.rows)
+        proven = trusted | unproven
+        if ask.left_out:
+            return self._first_held(run, ask, slots, (proven, trusted, unproven))
+        if silent_at <= now:
+            run.silent.add(ask.server)
+            # At last suspects, too: they may be the ones that answer.
+            others = self._first_held(run, ask, slots, (proven, unproven))
+            if others is not None:
+                return others if link.standing.may_test(now) else None
+        others = self._first_held(run, ask, slots, (trusted,))
+        return others if others is not None and self._budget.spend() else None
+
+    def _unproven(self, ask: Ask, now: float) -> frozenset[str]:
+        """Servers that have something to answer, and have answered nothing while this one did not:
+        to ask them shows nothing."""
+        since = max(ask.asked_at, now - ask.patience_s)
+        return frozenset(
+            name
+            for name, link in self._pool.links()
+            if link.in_flight and not link.standing.answered_since(since, ask.rows)
+        )
+
+    def _first_held(
+        self, run: Run, ask: Ask, slots: SlotMap, choices: Sequence[frozenset[str]]
+    ) -> frozenset[str] | None:
+        """The first choice of servers to avoid that leaves some who hold all of a part."""
+        for avoid in choices:
+            holders = self._pool.holders(slots, run.layer, avoid, ask.rows)
+            if dispatch.plan(ask.part.expert_ids, holders, run.salt)[1] is None:
+                return avoid
+        return None
 
     async def _race(
-        self, run: _Run, ask: _Ask, slots: SlotMap, avoid: frozenset[str]
+        self, run: Run, ask: Ask, slots: SlotMap, avoid: frozenset[str]
     ) -> list[Contribution]:
-        """Sends a silent server's pairs to replicas too; whoever answers first is taken."""
+        """Sends a server's pairs to replicas too; whoever answers first is taken."""
         self.hedges += 1
         run.count_again(ask.part)
         again = ask.part.ids_among(run.rows)
-        hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid | {ask.server}))
+        hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid))
         try:
             await asyncio.wait((ask.future, hedge), return_when=asyncio.FIRST_COMPLETED)
-            if ask.future.done() and _succeeded(ask.future):
-                return [self._take(ask)]
-            if hedge.done() and not _succeeded(hedge):
-                while not (await self._wait(run, ask)):
-                    continue
-                return [self._take(ask)]
-            if not ask.future.done() and ask.link is not None:
-                ask.link.suspend()
-            return await hedge
+            if not succeeded(ask.future):
+                if succeeded(hedge):
+                    self._note_lost(ask)
+                if succeeded(hedge) or not hedge.done():
+                    return await hedge
+                ask.look_at = run.deadline.at  # nobody else can answer
+                while not ask.future.done():
+                    await self._sleep_until_deadline(run, ask)
+            return [self._take(ask)]
         finally:
-            _drop(hedge)
+            drop(hedge)
 
-    def _ask(self, run: _Run, part: Part, slots: SlotMap) -> _Ask:
+    def _note_lost(self, ask: Ask) -> None:
+        """A replica has answered what a server was asked for: was that one silent?"""
+        link = ask.link
+        if link is None or ask.future.done():
+            return
+        silent_at = link.standing.silent_at(ask.asked_at, ask.rows, ask.patience_s)
+        if time.monotonic() >= silent_at and not link.standing.is_suspect(ask.rows):
+            link.suspect(ask.rows, ask.patience_s)
+            self._probes.watch(ask.server, link)
+            self._wake_all()
+
+    def _ask(self, run: Run, part: Part, slots: SlotMap) -> Ask:
         """Sends one part. What keeps it from being sent is the answer."""
         server = slots.servers[part.server]
         link = self._pool.link(server)
-        batch = run.batch
-        weights = batch.weights if part.rows is None else batch.weights[part.rows]
-        request = ExecuteRequest(
-            layer=run.layer,
-            hidden_states=dispatch.rows_of(batch.hidden, part.rows),
-            expert_ids=part.expert_ids,
-            expert_weights=weights,
-            epoch=slots.epoch,
-        )
+        request, now = run.request(part, slots.epoch), time.monotonic()
         shape = request.hidden_states.shape
         if link is None:
             error = UnavailableError(f"expert server {server} has left the directory")
-            return _Ask(part, server, None, shape, _failed(error), 0.0)
+            return Ask(part, server, None, shape, failed(error), now, 0.0, now)
+        patience_s = link.patience_s(request, len(run.silent))
         try:
             future = link.ask(request, run.deadline)
         except MeshError as error:
-            future = _failed(error)
-        return _Ask(part, server, link, shape, future, link.patience_s(shape[0]))
+            future = failed(error)
+        else:
+            future.add_done_callback(partial(note_answer, link, now, shape[0], patience_s))
+        return Ask(part, server, link, shape, future, now, patience_s, now + patience_s)
 
-    def _take(self, ask: _Ask) -> Contribution:
+    def close(self) -> None:
+        """Gives up what nobody waits for."""
+        self._probes.close()
+        self._timers.close()
+
+    def _take(self, ask: Ask) -> Contribution:
         """The contribution of an answered part. Raises what the server answered."""
         if isinstance(failure := ask.future.exception(), MeshError):
             # Raised itself, it would hold the rows of the batch, and through its future itself.
@@ -322,49 +335,4 @@ class FanOut:
                 f"expert server {ask.server} answered with shape {list(partial.shape)}, expected "
                 f"{list(ask.shape)}"
             )
-        if ask.link is not None:
-            ask.link.learn(ask.shape[0], time.monotonic() - ask.asked_at)
         return ask.part.rows, partial
-
-
-class HedgeBudget:
-    """Keeps second askings to a small share of all, so that they cannot feed an overload."""
-
-    def __init__(self, burst: float, share: float) -> None:
-        self._left = self._burst = burst
-        self._share = share
-
-    def earn(self, parts: int) -> None:
-        """So many parts were answered without a second asking."""
-        self._left = min(self._burst, self._left + parts * self._share)
-
-    def spend(self) -> bool:
-        """Whether one more second asking is within the budget; it is then taken from it."""
-        if self._left < 1.0:
-            return False
-        self._left -= 1.0
-        return True
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-def _failed(error: MeshError) -> asyncio.Future[ExecuteResponse]:
-    future: asyncio.Future[ExecuteResponse] = asyncio.get_running_loop().create_future()
-    future.set_exception(error)
-    return future
-
-
-def _succeeded(future: asyncio.Future[Any]) -> bool:
-    """Whether it is done, and well."""
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _drop(future: asyncio.Future[Any]) -> None:
-    """Gives up an answer that nobody needs any more; its failure is nobody's news."""
-    if not future.cancel() and not future.cancelled():
-        future.exception()
-    else:
-        future.add_done_callback(_succeeded)

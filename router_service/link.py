@@ -24,15 +24,14 @@ from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.narrowing import ask_narrow
 from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import expert_pb2, router_pb2
+from router_service.standing import Standing, expected_s
 
 _log = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 5.0  # a node that does not answer: try again, it may have moved meanwhile
-_SUSPECT_S = 2.0  # a server that was slower than its replica is left alone this long
-_NEW_BUCKET_ROW_S = 2e-3  # time allowed per row before a size has been seen: a slow CPU's
 
 
 class ServerLink:
-    """Connects, checks who answers, reconnects; knows how long this server usually takes."""
+    """Connects, checks who answers, reconnects; `standing` is what is known of the server."""
 
     def __init__(
         self,
@@ -50,8 +49,7 @@ class ServerLink:
         self._on_change = on_change
         self._stream: FrameStream | None = None
         self._moved = asyncio.Event()
-        self._suspect_until = 0.0
-        self._usual_s: dict[int, float] = {}
+        self.standing = Standing(config.hedge_after_s, config.hedge_factor)
 
     @property
     def connected(self) -> bool:
@@ -59,9 +57,18 @@ class ServerLink:
         return self._stream is not None and not self._stream.broken.done()
 
     @property
-    def suspect(self) -> bool:
-        """Whether a replica has answered before it lately."""
-        return time.monotonic() < self._suspect_until
+    def lost(self) -> bool:
+        """Whether the controller has not heard it for a while. It may still be there for us."""
+        return self.announced.state == "lost"
+
+    @property
+    def doubted(self) -> bool:
+        """Whether it is left out for any number of rows."""
+        return self.lost or self.standing.suspected
+
+    def left_out(self, rows: int) -> bool:
+        """Whether it is asked for so many rows only where no other server can be."""
+        return self.lost or self.standing.is_suspect(rows)
 
     @property
     def in_flight(self) -> int:
@@ -80,17 +87,19 @@ class ServerLink:
         if (before.endpoint, before.incarnation) != (announced.endpoint, announced.incarnation):
             self._moved.set()
 
-    def suspend(self) -> None:
-        """Leaves the server alone for a while, where a replica can answer instead."""
-        self._suspect_until = time.monotonic() + _SUSPECT_S
+    def suspect(self, rows: int, patience_s: float) -> None:
+        """A replica has answered so many rows, about which this server is silent."""
+        if not self.standing.suspected:
+            _log.warning("server %s answers nothing: it is left out", self.announced.server_id)
+        self.standing.suspect(time.monotonic(), rows, patience_s)
         self._on_change()
 
-    def patience_s(self, rows: int) -> float:
-        """How long to wait for an answer before a replica is asked too."""
-        usual = self._usual_s.get(rows.bit_length())
-        if usual is None:
-            return self._config.hedge_after_s + rows * _NEW_BUCKET_ROW_S
-        return max(self._config.hedge_after_s, self._config.hedge_factor * usual)
+    def patience_s(self, request: ExecuteRequest, tried: int = 0) -> float:
+        """How long to wait for the answer before the server is overdue; see Standing."""
+        rows, ids = request.hidden_states.shape[0], request.expert_ids
+        bytes_, pairs_per_s = request.hidden_states.nbytes, self.announced.pairs_per_s
+        expected = expected_s(rows, ids.size, bytes_, pairs_per_s)
+        return self.standing.patience_s(rows, expected, tried)
 
     def ask(self, request: ExecuteRequest, deadline: Deadline) -> asyncio.Future[ExecuteResponse]:
         """Asks the server; see `FrameStream.begin`. Raises UnavailableError."""
@@ -108,12 +117,12 @@ class ServerLink:
         )
         return asyncio.ensure_future(asked)
 
-    def learn(self, rows: int, took_s: float) -> None:
-        """Notes an answer, and how long the server took for it."""
+    def answered(self, asked_at: float, rows: int, patience_s: float) -> None:
+        """Notes an answer to what was asked for then."""
         self.answered_rows += rows
-        bucket = rows.bit_length()
-        usual = self._usual_s.get(bucket, took_s)
-        self._usual_s[bucket] = usual + 0.2 * (took_s - usual)
+        if self.standing.answered(time.monotonic(), asked_at, rows, patience_s):
+            _log.info("server %s answers again", self.announced.server_id)
+            self._on_change()
 
     async def run(self) -> None:
         """Connects and reconnects until cancelled."""
@@ -150,7 +159,7 @@ class ServerLink:
             data_port.host_of(endpoint, self._config.data_connections),
         )
         self.error = ""
-        self._suspect_until = 0.0
+        self.standing.renew()
         self._on_change()
         moved = asyncio.ensure_future(self._moved.wait())
         try:

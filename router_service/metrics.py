@@ -39,7 +39,7 @@ RETRIED = Metric(
 HEDGES = Metric(
     "expertmesh_router_hedges_total",
     "counter",
-    "Parts of batches asked of a replica too, because their server was silent",
+    "Parts of batches asked of a replica too, because their server was slow or silent",
 )
 BIAS_VERSION = Metric(
     "expertmesh_router_bias_version", "gauge", "Version of the biases that new batches take"
@@ -69,12 +69,17 @@ SERVER_INFLIGHT = Metric(
     "Requests sent to the server and not yet answered",
     ("server",),
 )
-
 LOOP_FAILURES = Metric(
     "expertmesh_router_loop_failures_total",
     "counter",
     "Times that a loop of the router was ended by an error and started again",
     ("loop",),
+)
+SERVER_SUSPECTED = Metric(
+    "expertmesh_router_server_suspected",
+    "gauge",
+    "1 while the server is left out, because it was silent where a replica answered",
+    ("server",),
 )
 SERVER_SHARED = Metric(
     "expertmesh_router_server_shared_memory",
@@ -122,4 +127,5 @@ def _servers(router: Router) -> Iterator[Reading]:
     for server_id, link in links:
         yield CONNECTED.of(link.connected, server_id)
         yield SERVER_INFLIGHT.of(link.in_flight, server_id)
+        yield SERVER_SUSPECTED.of(link.standing.suspected, server_id)
         yield SERVER_SHARED.of(link.transport == "shm", server_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from expertmesh.rpc.tasks import TaskSet
 from expertmesh.v1 import router_pb2
 from router_service.link import ServerLink, rate
 
+_NOBODY: frozenset[str] = frozenset()
 _RATES_EVERY_S = 0.05  # how stale queue lengths may be when rows are spread over replicas
 
 
@@ -29,8 +30,11 @@ class ExpertPool:
         self.tasks = TaskSet()
         self._version = 0
         self._changed: asyncio.Future[None] | None = None
-        self._cache: dict[tuple[int, frozenset[str]], Holders] = {}
+        self._cache: dict[tuple[int, frozenset[str], frozenset[str]], Holders] = {}
         self._cached_for: tuple[int, int, float] = (-1, -1, 0.0)
+        self._doubted: dict[str, ServerLink] = {}  # lost, or suspected of losing something
+        #: Called when the controller has lost servers: who waits for one may ask others.
+        self.on_left_out: Callable[[], None] = lambda: None
 
     def update(self, servers: Iterable[router_pb2.ServerStatus]) -> None:
         """Takes a new directory."""
@@ -46,7 +50,10 @@ class ExpertPool:
                 link = ServerLink(server, self._digest, self._config, self._bump)
                 self._links[server_id] = link
                 self._runs[server_id] = self.tasks.keep(link.run, "server link", server_id)
+        before = self._doubted.keys()
         self._bump()
+        if self._doubted.keys() - before:
+            self.on_left_out()
 
     def placed(self) -> None:
         """Experts have other servers now: who waits for one looks again."""
@@ -66,24 +73,35 @@ class ExpertPool:
         # A server that the controller has lost may still be there for us.
         return link is not None and link.connected and link.announced.state in ("ready", "lost")
 
-    def holders(self, slots: SlotMap, layer: int, avoid: frozenset[str] = frozenset()) -> Holders:
-        """Who can be asked for each expert of a layer.
+    def left_out(self, rows: int) -> frozenset[str]:
+        """Servers that are asked for so many rows only where no other server can be."""
+        if not self._doubted:
+            return _NOBODY
+        return frozenset(name for name, link in self._doubted.items() if link.left_out(rows))
 
-        Servers in `avoid` count as gone. Suspects and lost ones do as well, for experts that
+    def holders(
+        self, slots: SlotMap, layer: int, avoid: frozenset[str] = _NOBODY, rows: int = 1
+    ) -> Holders:
+        """Who can be asked for each expert of a layer, in a batch of so many rows.
+
+        Servers in `avoid` count as gone. Those that are left out do as well, for experts that
         another server holds.
         """
+        left_out = self.left_out(rows)
         now = time.monotonic()
         epoch, version, since = self._cached_for
         if (epoch, version) != (slots.epoch, self._version) or now - since > _RATES_EVERY_S:
             self._cache.clear()
             self._cached_for = (slots.epoch, self._version, now)
-        key = (layer, avoid)
+        key = (layer, avoid, left_out)
         found = self._cache.get(key)
         if found is None:
-            found = self._cache[key] = self._make_holders(slots, layer, avoid)
+            found = self._cache[key] = self._make_holders(slots, layer, avoid, left_out)
         return found
 
-    def _make_holders(self, slots: SlotMap, layer: int, avoid: frozenset[str]) -> Holders:
+    def _make_holders(
+        self, slots: SlotMap, layer: int, avoid: frozenset[str], left_out: frozenset[str]
+    ) -> Holders:
         up = np.array([self.can_be_asked(s) and s not in avoid for s in slots.servers], np.bool_)
         # What the plan knows of a server's speed, times what its queue says of this moment.
         rates = np.array(
@@ -93,15 +111,10 @@ class ExpertPool:
             ]
         )
         holds = slots.holds[layer] & up[:, None]
-        suspect = np.array([self._is_suspect(s) for s in slots.servers], np.bool_)
-        if suspect.any():
-            trusted = holds & ~suspect[:, None]
+        if left_out:
+            trusted = holds & np.array([s not in left_out for s in slots.servers])[:, None]
             holds = np.where(trusted.any(0), trusted, holds)
         return Holders(holds, rates)
-
-    def _is_suspect(self, server_id: str) -> bool:
-        link = self._links.get(server_id)
-        return link is not None and (link.suspect or link.announced.state == "lost")
 
     async def wait_change(self, timeout_s: float) -> None:
         """Returns when a server came, went or moved, or after `timeout_s`."""
@@ -119,6 +132,7 @@ class ExpertPool:
             entry.error = entry.error or link.error
             entry.requests_in_flight = link.in_flight
             entry.answered_rows = link.answered_rows
+            entry.suspected = link.standing.suspected
             entry.transport = link.transport
             listed.append(entry)
         return listed
@@ -129,5 +143,6 @@ class ExpertPool:
 
     def _bump(self) -> None:
         self._version += 1
+        self._doubted = {name: link for name, link in self._links.items() if link.doubted}
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)

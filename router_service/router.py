@@ -168,7 +168,7 @@ class Router:
 
     @property
     def hedges(self) -> int:
-        """Parts asked of a replica because their server was silent, since the start."""
+        """Parts asked of a replica because their server was slow or silent, since the start."""
         return self._fanout.hedges
 
     def oldest_epoch(self) -> int:
@@ -196,6 +196,7 @@ class Router:
     async def close(self) -> None:
         """Gives up what is in flight and closes every link."""
         await self._tasks.close()
+        self._fanout.close()
         await self.pool.close()
         self._worker.shutdown(wait=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from expertmesh.dispatch import Holders
 from expertmesh.errors import MeshError
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
+from router_service.standing import Standing
 
 #: What a server does at its n-th call: an error to raise, or seconds to be silent first.
 Behaviour = Callable[[int], MeshError | float]
@@ -24,24 +26,44 @@ class FakeServer:
     `behave(call)` gives an error to raise, or seconds to be silent before the answer.
     """
 
-    def __init__(self, held: set[int], behave: Behaviour, patience_s: float = 0.02) -> None:
+    def __init__(
+        self,
+        held: set[int],
+        behave: Behaviour,
+        patience_s: float = 0.02,
+        row_patience_s: float = 0.0,
+    ) -> None:
         self.held = held
-        self.patience = patience_s
+        self.patience, self.row_patience = patience_s, row_patience_s
         self.behave = behave
         self.calls = 0
-        self.suspect = False
+        self.lost = False
+        self.connected = True
+        self.in_flight = 0
+        self.standing = Standing(patience_s, hedge_factor=4.0)
 
-    def patience_s(self, rows: int) -> float:
-        return self.patience
+    def left_out(self, rows: int) -> bool:
+        return self.lost or self.standing.is_suspect(rows)
 
-    def suspend(self) -> None:
-        self.suspect = True
+    def patience_s(self, request: ExecuteRequest, tried: int = 0) -> float:
+        """What the test says, whatever it has learnt."""
+        rows = request.hidden_states.shape[0]
+        return self.patience / (1 << tried) + rows * self.row_patience
+
+    def suspect(self, rows: int, patience_s: float) -> None:
+        self.standing.suspect(time.monotonic(), rows, patience_s)
+
+    def answered(self, asked_at: float, rows: int, patience_s: float) -> None:
+        self.standing.answered(time.monotonic(), asked_at, rows, patience_s)
 
     def ask(self, request: ExecuteRequest, deadline: Deadline) -> asyncio.Future[ExecuteResponse]:
-        return asyncio.ensure_future(self.execute(request, deadline))
+        self.in_flight += 1
+        future = asyncio.ensure_future(self.execute(request, deadline))
+        future.add_done_callback(self._ended)
+        return future
 
-    def learn(self, rows: int, took_s: float) -> None:
-        """Its patience is what the test says."""
+    def _ended(self, _: asyncio.Future[ExecuteResponse]) -> None:
+        self.in_flight -= 1
 
     async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
         self.calls += 1
@@ -64,6 +86,7 @@ class FakePool:
 
     def __init__(self, servers: dict[str, FakeServer], layer: int, experts: int) -> None:
         self.servers = servers
+        self.on_left_out: Callable[[], None] = lambda: None
         self.slots = SlotMap(
             1,
             tuple(servers),
@@ -73,9 +96,26 @@ class FakePool:
     def link(self, server_id: str) -> FakeServer | None:
         return self.servers.get(server_id)
 
-    def holders(self, slots: SlotMap, layer: int, avoid: frozenset[str] = frozenset()) -> Holders:
-        up = np.array([name not in avoid for name in slots.servers])
-        return Holders(slots.holds[layer] & up[:, None], np.ones(len(slots.servers)))
+    def links(self) -> list[tuple[str, FakeServer]]:
+        return sorted(self.servers.items())
+
+    def lose(self, name: str) -> None:
+        """The controller has not heard the server for a while."""
+        self.servers[name].lost = True
+        self.on_left_out()
+
+    def left_out(self, rows: int) -> frozenset[str]:
+        return frozenset(name for name, server in self.servers.items() if server.left_out(rows))
+
+    def holders(
+        self, slots: SlotMap, layer: int, avoid: frozenset[str] = frozenset(), rows: int = 1
+    ) -> Holders:
+        left_out = self.left_out(rows)
+        holds = (
+            slots.holds[layer] & np.array([name not in avoid for name in slots.servers])[:, None]
+        )
+        trusted = holds & np.array([name not in left_out for name in slots.servers])[:, None]
+        return Holders(np.where(trusted.any(0), trusted, holds), np.ones(len(slots.servers)))
 
     async def wait_change(self, timeout_s: float) -> None:
         await asyncio.sleep(min(timeout_s, 0.001))

@@ -51,6 +51,7 @@ class Load:
         self._lock = threading.Lock()
         self.outcome = Outcome()
         self.answered = threading.Condition(self._lock)
+        self.answered_layers: list[int] = []  # of every right answer
         self._threads = [
             threading.Thread(target=self._run, args=(client,)) for client in range(clients)
         ]
@@ -73,6 +74,15 @@ class Load:
             done = self.answered.wait_for(lambda: len(self.outcome.right) >= wanted, timeout_s)
         assert done, f"{count} right answers did not come within {timeout_s} s"
 
+    def assignments(self, rows: int) -> int:
+        """Pairs of row and routed expert in all right answers, of requests of so many rows."""
+        top_k = {layer.index: layer.top_k for layer in self._mesh.describe().layers}
+        return sum(rows * top_k[layer] for layer in self.answered_layers)
+
+    def suspects(self) -> list[str]:
+        """Addresses of routers that do not answer this client."""
+        return [link.address for link in self._mesh._mesh._links.values() if link.suspected]
+
     def _run(self, client: int) -> None:
         turn = client
         while not self._stop.is_set():
@@ -89,6 +99,7 @@ class Load:
             ended = time.monotonic()
             expected = self._expected[client][layer]
             if torch.allclose(output, expected, rtol=1e-4, atol=1e-5):
+                self.answered_layers.append(layer)
                 self._note(self.outcome.right, (ended, ended - started))
             else:
                 self._note(self.outcome.wrong, (ended, layer))

@@ -259,7 +259,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, ready: bool = ..., reason: _Optional[str] = ..., servers: _Optional[_Iterable[_Union[ServerStatus, _Mapping]]] = ..., bias_version: _Optional[int] = ..., epoch: _Optional[int] = ..., controller_connected: bool = ..., controller: _Optional[str] = ..., pid: _Optional[int] = ..., balance_mode: _Optional[str] = ..., answered_requests: _Optional[int] = ..., retried_pairs: _Optional[int] = ..., controller_age_s: _Optional[float] = ..., balance_alive: bool = ..., window_age_s: _Optional[float] = ..., divergence: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ServerStatus(_message.Message):
-    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error", "requests_in_flight", "answered_rows", "transport", "pairs_per_s", "rate")
+    __slots__ = ("server_id", "endpoint", "incarnation", "state", "connected", "slots", "loaded_bytes", "total_bytes", "pid", "node", "backend", "error", "requests_in_flight", "answered_rows", "transport", "pairs_per_s", "rate", "suspected")
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
     ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +277,7 @@ class ServerStatus(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PAIRS_PER_S_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
+    SUSPECTED_FIELD_NUMBER: _ClassVar[int]
     server_id: str
     endpoint: str
     incarnation: str
@@ -294,4 +295,5 @@ class ServerStatus(_message.Message):
     transport: str
     pairs_per_s: float
     rate: float
-    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ..., requests_in_flight: _Optional[int] = ..., answered_rows: _Optional[int] = ..., transport: _Optional[str] = ..., pairs_per_s: _Optional[float] = ..., rate: _Optional[float] = ...) -> None: ...
+    suspected: bool
+    def __init__(self, server_id: _Optional[str] = ..., endpoint: _Optional[str] = ..., incarnation: _Optional[str] = ..., state: _Optional[str] = ..., connected: bool = ..., slots: _Optional[int] = ..., loaded_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., backend: _Optional[str] = ..., error: _Optional[str] = ..., requests_in_flight: _Optional[int] = ..., answered_rows: _Optional[int] = ..., transport: _Optional[str] = ..., pairs_per_s: _Optional[float] = ..., rate: _Optional[float] = ..., suspected: bool = ...) -> None: ...

@@ -92,6 +92,7 @@ PURE = (
     "load_controller/simulator/trace_file.py",
     "router_service/meter.py",
     "router_service/routing.py",
+    "router_service/standing.py",
 )
 IMPURE = ("asyncio", "datetime", "grpc", "os", "ray", "socket", "threading", "time")
 

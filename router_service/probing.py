@@ -1,0 +1,82 @@
+"""Brings suspected servers back: copies a part to them now and then, to see whether it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from expertmesh import dispatch
+from expertmesh.codec.messages import ExecuteResponse
+from expertmesh.dispatch import Part
+from expertmesh.errors import MeshError
+from expertmesh.placement import SlotMap
+from expertmesh.rpc.deadline import Deadline
+from expertmesh.rpc.timers import Timers
+from router_service.asking import Run, drop, note_answer, succeeded
+from router_service.link import ServerLink
+from router_service.pool import ExpertPool
+
+
+class Probes:
+    """Owns the probes that are under way: at most one a server, and nobody waits for any."""
+
+    def __init__(self, pool: ExpertPool, timers: Timers) -> None:
+        self._pool = pool
+        self._timers = timers
+        self._suspects: dict[str, ServerLink] = {}
+        self._sent: set[asyncio.Future[ExecuteResponse]] = set()
+
+    def watch(self, server: str, link: ServerLink) -> None:
+        """From now on the server is probed, until it is trusted again."""
+        self._suspects[server] = link
+
+    def send(self, run: Run, slots: SlotMap) -> None:
+        """Copies to each suspect that is due what it would have been asked for of this batch."""
+        for server, link in list(self._suspects.items()):
+            if not link.standing.suspected or self._pool.link(server) is not link:
+                del self._suspects[server]
+            elif link.connected and link.standing.probe_due(time.monotonic(), run.rows):
+                self._probe(run, slots, server, link)
+
+    def _probe(self, run: Run, slots: SlotMap, server: str, link: ServerLink) -> None:
+        part = self._part_for(run, slots, server)
+        if part is None:
+            return
+        request, now = run.request(part, slots.epoch), time.monotonic()
+        if part.rows is None:  # it outlives the batch, whose memory the answer may be written to
+            request = replace(request, hidden_states=request.hidden_states.clone())
+        rows, patience_s = request.hidden_states.shape[0], link.patience_s(request)
+        if not link.standing.probe_due(now, rows):
+            return
+        given_up_s = link.standing.probe(now, patience_s)
+        try:
+            future = link.ask(request, Deadline.after(given_up_s))
+        except MeshError:
+            return
+        run.count_again(part)
+        self._sent.add(future)
+        timer = self._timers.after(given_up_s, future.cancel)
+        future.add_done_callback(partial(note_answer, link, now, rows, patience_s))
+        future.add_done_callback(lambda done: self._ended(done, timer.cancel))
+
+    def _part_for(self, run: Run, slots: SlotMap, server: str) -> Part | None:
+        """The pairs of a batch that one server holds; None where there are none."""
+        others = frozenset(slots.servers) - {server}
+        holders = self._pool.holders(slots, run.layer, others, run.rows)
+        parts, _ = dispatch.plan(run.batch.expert_ids, holders, run.salt)
+        return parts[0] if parts else None
+
+    def _ended(
+        self, future: asyncio.Future[ExecuteResponse], forget_timer: Callable[[], None]
+    ) -> None:
+        forget_timer()
+        self._sent.discard(future)
+        succeeded(future)  # a probe's failure is nobody's news
+
+    def close(self) -> None:
+        """Gives up every probe."""
+        for future in list(self._sent):
+            drop(future)
