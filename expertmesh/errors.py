@@ -46,9 +46,12 @@ class MeshError(Exception):
         self.field = field
         self.retry_after_s = retry_after_s
 
-    def again(self) -> Self:
-        """The same error, to be raised without what the first one's traceback holds alive."""
-        return type(self)(self.message, field=self.field, retry_after_s=self.retry_after_s)
+    def again(self, message: str = "") -> Self:
+        """The same error, or in other words, to be raised without what the first one's traceback
+        holds alive."""
+        return type(self)(
+            message or self.message, field=self.field, retry_after_s=self.retry_after_s
+        )
 
 
 class InvalidRequestError(MeshError):

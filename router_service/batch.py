@@ -194,9 +194,7 @@ class LayerQueue:
         except MeshError as error:
             for waiting in batch:
                 if not waiting.future.done():
-                    waiting.future.set_exception(
-                        type(error)(error.message, retry_after_s=error.retry_after_s)
-                    )
+                    waiting.future.set_exception(error.again())
         except Exception as error:
             for waiting in batch:
                 if not waiting.future.done():

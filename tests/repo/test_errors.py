@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from pathlib import Path
@@ -72,3 +73,28 @@ def test_protos_name_no_reason_and_no_status_that_does_not_exist(root: Path) -> 
 
     named = set(re.findall(r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b", comments))
     assert named - values - codes - set(BY_REASON) - OTHER_WORDS == set()
+
+
+def test_an_error_that_is_raised_anew_keeps_all_that_it_says(root: Path) -> None:
+    """`type(error)(...)` names what it keeps, and forgets the rest; `error.again()` does not."""
+    folders = ("expertmesh", "router_service", "expert_service", "load_controller", "fleet")
+    copies = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for folder in folders
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and _is_type_of_an_error(node.func)
+    ]
+
+    assert copies == []
+
+
+def _is_type_of_an_error(made: ast.expr) -> bool:
+    """Whether it reads `type(error)`, by any name for an error."""
+    return (
+        isinstance(made, ast.Call)
+        and isinstance(made.func, ast.Name)
+        and made.func.id == "type"
+        and isinstance(made.args[0], ast.Name)
+        and bool(re.search("err|exc|fail", made.args[0].id))
+    )

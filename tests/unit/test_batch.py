@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertmesh.codec.messages import ForwardRequest
-from expertmesh.errors import UnavailableError
+from expertmesh.errors import OverloadedError, UnavailableError
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.tasks import TaskSet
@@ -182,6 +182,28 @@ def test_a_failed_batch_fails_each_member_and_the_queue_goes_on() -> None:
     assert [type(error) for error in failed] == [UnavailableError, UnavailableError]
     assert failed[0] is not failed[1]
     assert answered.hidden_states.tolist() == [[10.0, 10.0]]
+
+
+def test_a_failed_batch_tells_each_member_all_that_the_error_said() -> None:
+    failure = OverloadedError("full", field="hidden_states", retry_after_s=0.5)
+
+    async def scenario() -> list[object]:
+        going = asyncio.Event()
+
+        async def compute(members: list[Member], _: Deadline) -> list[Answer]:
+            await going.wait()
+            raise failure
+
+        queue = LayerQueue(compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        asks = [_ask(queue, float(i)) for i in range(3)]
+        await _settle()
+        going.set()
+        return list(await asyncio.gather(*asks, return_exceptions=True))
+
+    _, *merged = asyncio.run(scenario())
+
+    assert [type(error) for error in merged] == [OverloadedError, OverloadedError]
+    assert [vars(error) for error in merged] == [vars(failure)] * 2
 
 
 @pytest.mark.parametrize("max_batches", [1, 3])
