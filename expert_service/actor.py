@@ -124,11 +124,7 @@ class ExpertServerHost:
 
     def _located(self, error: MeshError) -> MeshError:
         """The same error, saying on which node."""
-        return type(error)(
-            f"node {self._node}: {error.message}",
-            field=error.field,
-            retry_after_s=error.retry_after_s,
-        )
+        return error.again(f"node {self._node}: {error.message}")
 
     def status(self) -> bytes:
         """What the server says of itself, a `ServerStatus`. Raises why there is none."""

@@ -7,16 +7,10 @@ from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
-import grpc.aio
 import torch
 
 from expertmesh.codec import narrow
-from expertmesh.codec.messages import (
-    FORWARD_REQUEST,
-    FORWARD_RESPONSE,
-    ForwardRequest,
-    ForwardResponse,
-)
+from expertmesh.codec.messages import ForwardRequest, ForwardResponse
 from expertmesh.config import (
     DataConnectionMode,
     SharedMemoryConfig,
@@ -32,74 +26,16 @@ from expertmesh.errors import (
 )
 from expertmesh.info import MeshInfo, MeshLoad, info_of, load_of
 from expertmesh.request import deadline_after, make_request
-from expertmesh.rpc import data_port, heap, loop, status
+from expertmesh.router_link import SILENT_S, RouterLink
+from expertmesh.rpc import forks, loop
 from expertmesh.rpc.address import format_address, parse_address
-from expertmesh.rpc.channel import check_proxy, open_channel
+from expertmesh.rpc.channel import check_proxy
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.lending import Lender
 from expertmesh.rpc.narrowing import ask_narrow
-from expertmesh.rpc.stream import FrameStream
 from expertmesh.v1 import router_pb2 as pb
-from expertmesh.v1 import router_pb2_grpc
 
 _RETRY_PAUSE_S = 0.05  # between tries to reach a router that has just gone
 _CONTROL_TIMEOUT_S = 10.0
-
-
-class _RouterLink:
-    """One router: a channel, and a stream that is reopened when it breaks."""
-
-    def __init__(
-        self,
-        address: str,
-        shared_memory: SharedMemoryConfig,
-        data_connections: DataConnectionMode,
-        proxy: str,
-    ) -> None:
-        self.address = address
-        self._shared_memory = shared_memory
-        # Data connections are direct: who has to go through a proxy cannot make them.
-        self._data_host = data_port.host_of(address, "off" if proxy else data_connections)
-        heap.keep_freed_memory()
-        self._channel = open_channel(address, proxy)
-        self.stub = router_pb2_grpc.RouterServiceStub(self._channel)
-        self._stream: FrameStream | None = None
-
-    @property
-    def in_flight(self) -> int:
-        """Requests sent and not answered."""
-        return self._stream.in_flight if self._stream is not None else 0
-
-    async def stream(self) -> FrameStream:
-        """The open stream."""
-        if self._stream is None or self._stream.broken.done():
-            old, self._stream = self._stream, FrameStream(
-                self._channel,
-                "/expertmesh.v1.RouterService/ForwardStream",
-                FORWARD_REQUEST,
-                FORWARD_RESPONSE,
-                f"router at {self.address}",
-                Lender.of(self._shared_memory, views=False),
-                self._data_host,
-            )  # fmt: skip
-            if old is not None:
-                await old.close()
-        return self._stream
-
-    async def control(self, method: Any, request: Any, deadline: Deadline) -> Any:
-        """A unary call, its failure as a MeshError."""
-        try:
-            return await method(request, timeout=deadline.timeout)
-        except grpc.aio.UsageError:
-            raise UnavailableError(f"the connection to {self.address} has been closed") from None
-        except grpc.aio.AioRpcError as error:
-            raise status.from_call(error, f"router at {self.address}") from None
-
-    async def close(self) -> None:
-        """Closes stream and channel."""
-        if self._stream is not None:
-            await self._stream.close()
-        await self._channel.close()
 
 
 class _Connected:
@@ -127,7 +63,7 @@ class AsyncMesh(_Connected):
         self._wire_dtype = narrow.wire_dtype(wire_dtype)
         self._shared_memory = SharedMemoryConfig.of(shared_memory)
         self._data_connections = check_data_connections(data_connections)
-        self._links = {each: self._link(each) for each in addresses}
+        self._links = {each: self._link(each) for each in dict.fromkeys(addresses)}
         self._info: MeshInfo | None = None
         self._turn = 0
         self._closed = False
@@ -141,19 +77,70 @@ class AsyncMesh(_Connected):
             if address not in self._links and (local or not _is_loopback(address)):
                 self._links[address] = self._link(address)
 
-    def _link(self, address: str) -> _RouterLink:
-        return _RouterLink(address, self._shared_memory, self._data_connections, self._proxy)
+    def _link(self, address: str) -> RouterLink:
+        return RouterLink(
+            address, self._shared_memory, self._data_connections, self._proxy, self._judged
+        )
+
+    def _judged(self) -> None:
+        """A router is suspected, or trusted again: what suspects hold goes to those that answer."""
+        if any(not link.suspected for link in self._links.values()):
+            for link in self._links.values():
+                if link.suspected:
+                    link.give_up()
 
     async def _describe(self, deadline: Deadline) -> MeshInfo:
+        silent_s = SILENT_S
         while True:
             try:
-                link = self._pick(frozenset())
-                answer = await link.control(link.stub.Describe, pb.DescribeRequest(), deadline)
+                link, answer = await self._ask_any(
+                    "Describe", pb.DescribeRequest(), deadline, silent_s
+                )
                 return info_of(answer, link.address)
             except (UnavailableError, DeadlineError) as error:
                 if deadline.remaining <= _RETRY_PAUSE_S:
                     raise UnavailableError(error.message, retry_after_s=1.0) from None
+            silent_s *= 2  # perhaps they are slow
             await asyncio.sleep(_RETRY_PAUSE_S)
+
+    async def _ask_any(
+        self, method: str, request: Any, deadline: Deadline, silent_s: float = SILENT_S
+    ) -> tuple[RouterLink, Any]:
+        """The first answer to a unary call, of routers asked one after the other; and whose it is.
+
+        None is waited for that answers nothing, if there is another one.
+        """
+        avoid: frozenset[str] = frozenset()
+        while True:
+            link = self._pick(avoid)
+            avoid |= {link.address}
+            judged = silent_s if len(self._links) > 1 else None
+            try:
+                call = getattr(link.stub, method)
+                return link, await link.control(call, request, deadline, judged)
+            except (UnavailableError, DeadlineError):
+                if len(avoid) == len(self._links) or deadline.remaining <= 0:
+                    raise
+
+    async def _ask_all(self, method: str, request: Any, deadline: Deadline) -> list[Any]:
+        """Every router's answer to a unary call, of those that answer, in the order of asking.
+
+        Raises UnavailableError when none does.
+        """
+        self._pick(frozenset())  # refuses a closed connection
+        links = list(self._links.values())
+        judged = SILENT_S if len(links) > 1 else None
+        answers: list[Any] = []
+        failure: MeshError | None = None
+        for link in [link for link in links if not link.suspected] or links:
+            try:
+                call = getattr(link.stub, method)
+                answers.append(await link.control(call, request, deadline, judged))
+            except (UnavailableError, DeadlineError) as error:
+                failure = error
+        if not answers:
+            raise failure or UnavailableError("no router can be reached")
+        return answers
 
     def describe(self) -> MeshInfo:
         """What is served: sizes, layers, dtype."""
@@ -196,9 +183,7 @@ class AsyncMesh(_Connected):
         while True:
             link = self._pick(avoid)
             try:
-                stream = await link.stream()
-                answer: ForwardResponse = await stream.call(request, deadline)
-                return answer
+                return await link.forward(request, deadline, judged=len(self._links) > 1)
             except UnavailableError:
                 if deadline.remaining <= _RETRY_PAUSE_S:
                     raise
@@ -207,57 +192,35 @@ class AsyncMesh(_Connected):
                 avoid = frozenset()
                 await asyncio.sleep(_RETRY_PAUSE_S)
 
-    def _pick(self, avoid: frozenset[str]) -> _RouterLink:
-        """The router with the fewest requests in flight; those with equally few take turns."""
+    def _pick(self, avoid: frozenset[str]) -> RouterLink:
+        """The router with the fewest requests in flight; those with equally few take turns.
+
+        Suspects are the last choice.
+        """
+        forks.use_grpc()
         if self._closed:
             raise UnavailableError("this connection has been closed: connect again")
         links = [link for address, link in self._links.items() if address not in avoid]
+        links = [link for link in links if not link.suspected] or links
         self._turn += 1
         first = self._turn % len(links)
         return min(links[first:] + links[:first], key=lambda link: link.in_flight)
 
     async def load(self, timeout: float = _CONTROL_TIMEOUT_S) -> MeshLoad:
         """Cumulative assignments and MaxVio. Raises UnavailableError without a controller."""
-        links = list(self._links.values())
-        deadline = deadline_after(timeout)
-        self._pick(frozenset())  # refuses a closed connection
         # Every router first tells the controller its counts: the last to be asked knows them all.
-        reached = 0
-        answer = pb.GetLoadResponse()
-        failure: MeshError | None = None
-        for link in links:
-            try:
-                answer = await link.control(link.stub.GetLoad, pb.GetLoadRequest(), deadline)
-                reached += 1
-            except (UnavailableError, DeadlineError) as error:
-                failure = error
-        if not reached:
-            raise failure or UnavailableError("no router can be reached")
-        return load_of(answer, self.describe())
+        answers = await self._ask_all("GetLoad", pb.GetLoadRequest(), deadline_after(timeout))
+        return load_of(answers[-1], self.describe())
 
     async def status(self, timeout: float = _CONTROL_TIMEOUT_S) -> pb.GetStatusResponse:
         """One router's view of its cluster, as router.proto has it."""
-        link = self._pick(frozenset())
-        answer: pb.GetStatusResponse = await link.control(
-            link.stub.GetStatus, pb.GetStatusRequest(), deadline_after(timeout)
-        )
+        request, deadline = pb.GetStatusRequest(), deadline_after(timeout)
+        answer: pb.GetStatusResponse = (await self._ask_any("GetStatus", request, deadline))[1]
         return answer
 
     async def statuses(self, timeout: float = _CONTROL_TIMEOUT_S) -> list[pb.GetStatusResponse]:
         """Every router's view, of those that answer. Raises UnavailableError when none does."""
-        deadline = deadline_after(timeout)
-        self._pick(frozenset())  # refuses a closed connection
-        answers: list[pb.GetStatusResponse] = []
-        failure: MeshError | None = None
-        for link in self._links.values():
-            try:
-                method = link.stub.GetStatus
-                answers.append(await link.control(method, pb.GetStatusRequest(), deadline))
-            except (UnavailableError, DeadlineError) as error:
-                failure = error
-        if not answers:
-            raise failure or UnavailableError("no router can be reached")
-        return answers
+        return await self._ask_all("GetStatus", pb.GetStatusRequest(), deadline_after(timeout))
 
     async def close(self) -> None:
         """Closes every connection; requests in flight fail with UnavailableError."""

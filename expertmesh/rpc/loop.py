@@ -8,7 +8,6 @@ one, which lives in a daemon thread from its first use on.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
@@ -16,25 +15,19 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from expertmesh.errors import ConfigError
+from expertmesh.rpc import forks
 
 _T = TypeVar("_T")
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
-_pid = 0
 
 
 def shared_loop() -> asyncio.AbstractEventLoop:
-    """The running loop of the background thread."""
-    global _loop, _pid
+    """The running loop of the background thread. Raises ConfigError; see `forks`."""
+    global _loop
+    forks.use_grpc()
     with _lock:
-        if _loop is not None and _pid != os.getpid():
-            raise ConfigError(
-                "this process was forked from one that used expertmesh, and gRPC does not survive "
-                "a fork: start processes with the spawn method"
-            )
         if _loop is None:
-            _pid = os.getpid()
             _loop = uvloop.new_event_loop()
             started = threading.Event()
             _loop.call_soon(started.set)
@@ -45,7 +38,12 @@ def shared_loop() -> asyncio.AbstractEventLoop:
 
 def submit(coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
     """Starts the coroutine on the shared loop."""
-    return asyncio.run_coroutine_threadsafe(coroutine, shared_loop())
+    try:
+        running = shared_loop()
+    except BaseException:
+        coroutine.close()  # it will never run
+        raise
+    return asyncio.run_coroutine_threadsafe(coroutine, running)
 
 
 def turn() -> None:

@@ -20,7 +20,7 @@ from expertmesh.errors import (
     InvalidRequestError,
     MeshError,
 )
-from expertmesh.rpc import status
+from expertmesh.rpc import forks, status
 from expertmesh.rpc.address import format_address, parse_host
 from expertmesh.rpc.admission import OK, Admission
 from expertmesh.rpc.answering import answer_in_time
@@ -112,6 +112,7 @@ class GrpcServer:
         metrics: MetricsServer | None = None,
         data_port: DataPort | None = None,
     ) -> None:
+        forks.use_grpc()
         self._config = config
         self._admission = admission
         self._data_port = data_port

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Generic
@@ -84,6 +85,8 @@ class FrameStream:
         self._tasks = TaskSet()
         self._timers = Timers()
         self._loop = asyncio.get_running_loop()
+        #: When anything last came from the peer: time.monotonic(), 0 before.
+        self.heard_at = 0.0
         self.broken: asyncio.Future[MeshError] = self._loop.create_future()
         self._tasks.spawn(self._write_all(), f"write {peer}")
         self._reading = self._tasks.spawn(self._read_all(), f"read {peer}")
@@ -135,6 +138,7 @@ class FrameStream:
         return Place(chunk.at, room, partial(self._placed, chunk.frame_id, waiter, part, size))
 
     def _placed(self, frame_id: int, waiter: _Waiter[Any], part: TensorPart, size: int) -> None:
+        self.heard_at = time.monotonic()
         part.written(size)
         if self._waiters.get(frame_id) is waiter:  # else it was given up meanwhile
             self._settle_if_complete(frame_id, waiter)
@@ -257,6 +261,13 @@ class FrameStream:
                 )
             )
 
+    def give_up(self, error: MeshError) -> None:
+        """Frames in flight fail with that error, and the peer is told; the stream goes on."""
+        for waiter in self._waiters.values():
+            if not waiter.future.done():
+                waiter.future.set_exception(error.again())
+                waiter.future.exception()  # who waits sees it
+
     async def close(self) -> None:
         """Ends the stream; frames in flight fail with UnavailableError."""
         self._break(UnavailableError(f"the stream to {self._peer} was closed"))
@@ -285,7 +296,7 @@ class FrameStream:
             if not isinstance(error, InvalidRequestError):
                 # However a connection or a peer dies (reset, cancelled, internal): the frames in
                 # flight were not answered, and another peer may answer them.
-                error = UnavailableError(error.message)
+                error = UnavailableError(error.message, retry_after_s=error.retry_after_s)
         except MeshError as decode_error:
             error = self._unreadable(decode_error)
             self._call.cancel()
@@ -304,6 +315,7 @@ class FrameStream:
         self._call.cancel()
 
     def _receive(self, buffer: Buffer, lane: Outbox) -> None:
+        self.heard_at = time.monotonic()
         message = frames.decode(buffer)
         if isinstance(message, frames.Credit):
             self._credit.grant(message.frames, message.bytes)

@@ -33,6 +33,7 @@ from expertmesh.errors import (
     UnavailableError,
     UnknownLayerError,
 )
+from expertmesh.router_link import RouterLink
 from expertmesh.rpc import loop, session
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.v1 import (
@@ -496,7 +497,7 @@ def test_a_unary_message_over_the_limit_of_grpc_is_refused(channel) -> None:
 
 def test_what_grpc_says_of_a_large_message_is_too_large_to_the_python_client(mesh) -> None:
     async def send() -> None:
-        link = expertmesh.client._RouterLink(mesh.address, SharedMemoryConfig(), "off")
+        link = RouterLink(mesh.address, SharedMemoryConfig(), "off")
         call = link._channel.unary_unary("/expertmesh.v1.RouterService/Forward")
         try:
             await link.control(call, bytes(OVER_GRPC), Deadline.after(10.0))
