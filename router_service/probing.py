@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
+
+import numpy as np
 
 from expertmesh import dispatch
 from expertmesh.codec.messages import ExecuteResponse
@@ -34,7 +35,7 @@ class Probes:
         self._suspects[server] = link
 
     def send(self, run: Run, slots: SlotMap) -> None:
-        """Copies to each suspect that is due what it would have been asked for of this batch."""
+        """Copies to each suspect that is due some of what it could be asked for of this batch."""
         for server, link in list(self._suspects.items()):
             if not link.standing.suspected or self._pool.link(server) is not link:
                 del self._suspects[server]
@@ -42,12 +43,10 @@ class Probes:
                 self._probe(run, slots, server, link)
 
     def _probe(self, run: Run, slots: SlotMap, server: str, link: ServerLink) -> None:
-        part = self._part_for(run, slots, server)
+        part = self._part_for(run, slots, server, link.standing.probe_rows)
         if part is None:
             return
         request, now = run.request(part, slots.epoch), time.monotonic()
-        if part.rows is None:  # it outlives the batch, whose memory the answer may be written to
-            request = replace(request, hidden_states=request.hidden_states.clone())
         rows, patience_s = request.hidden_states.shape[0], link.patience_s(request)
         if not link.standing.probe_due(now, rows):
             return
@@ -62,12 +61,18 @@ class Probes:
         future.add_done_callback(partial(note_answer, link, now, rows, patience_s))
         future.add_done_callback(lambda done: self._ended(done, timer.cancel))
 
-    def _part_for(self, run: Run, slots: SlotMap, server: str) -> Part | None:
-        """The pairs of a batch that one server holds; None where there are none."""
+    def _part_for(self, run: Run, slots: SlotMap, server: str, rows: int) -> Part | None:
+        """The pairs of at most so many rows of a batch that one server holds; None without any."""
         others = frozenset(slots.servers) - {server}
         holders = self._pool.holders(slots, run.layer, others, run.rows)
         parts, _ = dispatch.plan(run.batch.expert_ids, holders, run.salt)
-        return parts[0] if parts else None
+        if not parts:
+            return None
+        (part,) = parts
+        some = np.arange(run.rows) if part.rows is None else part.rows
+        # By their numbers, even where they are all: so they are copied. The probe outlives the
+        # batch, into whose memory the answer may be written.
+        return Part(part.server, some[:rows], part.expert_ids[:rows])
 
     def _ended(
         self, future: asyncio.Future[ExecuteResponse], forget_timer: Callable[[], None]

@@ -7,9 +7,9 @@ which `HedgeBudget` bounds. A server that answers nothing is silent, and silence
    test a server at a time: where everybody is merely slow, that is all the extra work.
 2. If the replica answers while the server is still silent, the server is suspected. It is left out
    of new plans, and whatever it was asked for goes to replicas at once.
-3. One part at a time is copied to it as a probe, and nobody waits for that. When it answers one as
-   soon as it should, it is trusted again. The sooner after that it falls silent again, the longer
-   it is left alone before the next probe.
+3. Some rows of one part at a time are copied to it as a probe, and nobody waits for that. When it
+   answers one as soon as it should, it is trusted again. The sooner after that it falls silent
+   again, the longer it is left alone before the next probe.
 
 "Nothing" means nothing of at least as many rows: a peer may answer what is small and lose what is
 large (a path that drops long packets does that). Then it is left out for as many rows or more.
@@ -26,6 +26,7 @@ _NEW_SIZE_ROW_S = 2e-3  # a row's time where neither an answer nor the server sa
 _NEW_SIZE_BYTES_PER_S = 100e6  # how fast a size not seen yet may travel: one gigabit
 _PROBE_S = 2.0  # a probe that was not answered for so long is given up, and the next one sent
 _PAUSE_S, _MAX_PAUSE_S = 0.05, 2.0  # before the first probe, doubled for who falls silent again
+_PROBE_ROWS = 16  # of a probe, where so few tell: a server that hangs keeps what it is sent
 _SETTLED_S = 10.0  # who was trusted for longer than this starts anew with the shortest pause
 
 
@@ -112,6 +113,12 @@ class Standing:
             )
             self._next_probe_at = now + self._pause_s
         self._suspect_from = min(self._suspect_from, _size(rows) if others else 0)
+
+    @property
+    def probe_rows(self) -> int:
+        """How many rows of a part a probe needs: as many as the server is suspected to lose."""
+        least = 0 if self._suspect_from in (0, math.inf) else 1 << (int(self._suspect_from) - 1)
+        return max(_PROBE_ROWS, least)
 
     def probe_due(self, now: float, rows: int) -> bool:
         """Whether so many rows may be copied to it now, to see whether it answers."""

@@ -75,6 +75,7 @@ def test_a_server_that_answers_small_requests_is_left_out_for_large_ones_alone()
     assert standing.is_suspect(512)
     assert not standing.probe_due(2.0, 2), "that it answers those is known"
     assert standing.probe_due(2.0, 600)
+    assert 256 < standing.probe_rows <= 512, "enough to tell, and no more"
 
 
 def test_a_suspect_is_probed_by_one_part_at_a_time() -> None:
@@ -85,6 +86,10 @@ def test_a_suspect_is_probed_by_one_part_at_a_time() -> None:
     given_up_s = standing.probe(1.1, AFTER_S)
     assert not standing.probe_due(1.1 + 0.9 * given_up_s, 4)
     assert standing.probe_due(1.1 + given_up_s, 4)
+
+
+def test_a_probe_of_a_silent_server_is_small_for_it_keeps_what_it_is_sent() -> None:
+    assert _suspected().probe_rows == 16
 
 
 def test_a_prompt_answer_brings_a_suspect_back() -> None:
