@@ -122,14 +122,25 @@ class RouterLink:
         the router then answers nothing at all."""
         call = asyncio.ensure_future(self._control(method, request, deadline))
         try:
-            while silent_s is not None and not (await asyncio.wait((call,), timeout=silent_s))[0]:
-                if not await self._describes(silent_s) and not call.done():
-                    self._suspect()
-                    raise self._silent()
+            if silent_s is not None and not await self._ends_or_lives(call, silent_s):
+                self._suspect()
+                raise self._silent()
             return await call
         finally:
             if not call.cancel() and not call.cancelled():
                 call.exception()
+
+    async def _ends_or_lives(self, call: asyncio.Future[Any], silent_s: float) -> bool:
+        """Whether a call has ended before a moment came when the router answered nothing at all."""
+        while not (await asyncio.wait((call,), timeout=silent_s))[0]:
+            lives = asyncio.ensure_future(self._describes(silent_s))
+            try:
+                await asyncio.wait((call, lives), return_when=asyncio.FIRST_COMPLETED)
+                if not call.done() and not lives.result():
+                    return False
+            finally:
+                lives.cancel()
+        return True
 
     async def _control(self, method: Any, request: Any, deadline: Deadline) -> Any:
         try:

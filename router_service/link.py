@@ -96,9 +96,11 @@ class ServerLink:
 
     def patience_s(self, request: ExecuteRequest, tried: int = 0) -> float:
         """How long to wait for the answer before the server is overdue; see Standing."""
-        rows, ids = request.hidden_states.shape[0], request.expert_ids
-        bytes_, pairs_per_s = request.hidden_states.nbytes, self.announced.pairs_per_s
-        expected = expected_s(rows, ids.size, bytes_, pairs_per_s)
+        rows = request.hidden_states.shape[0]
+        if self.standing.knows(rows):
+            return self.standing.patience_s(rows, 0.0, tried)
+        pairs, bytes_ = request.expert_ids.size, request.hidden_states.nbytes
+        expected = expected_s(rows, pairs, bytes_, self.announced.pairs_per_s)
         return self.standing.patience_s(rows, expected, tried)
 
     def ask(self, request: ExecuteRequest, deadline: Deadline) -> asyncio.Future[ExecuteResponse]:

@@ -54,10 +54,14 @@ class Standing:
         """Whether it is left out for so many rows, where another server can answer instead."""
         return _size(rows) >= self._suspect_from
 
+    def knows(self, rows: int) -> bool:
+        """Whether an answer of that size has been seen."""
+        return _size(rows) in self._usual_s
+
     def patience_s(self, rows: int, expected_s: float, tried: int = 0) -> float:
         """How long to wait for an answer before the server is overdue.
 
-        `expected_s` counts where no answer of that size has been seen. With every server that has
+        `expected_s` counts where the size is not known. With every server that has
         been silent for the same pairs before (`tried`) the least patience is halved: however many
         hang, all of them together cost little more than twice the first one.
         """
