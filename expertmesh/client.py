@@ -36,6 +36,7 @@ from expertmesh.v1 import router_pb2 as pb
 
 _RETRY_PAUSE_S = 0.05  # between tries to reach a router that has just gone
 _CONTROL_TIMEOUT_S = 10.0
+_COUNTS_SILENT_S = 0.5  # of a router whose answer no other one can give: more patience than else
 
 
 class _Connected:
@@ -129,7 +130,7 @@ class AsyncMesh(_Connected):
         """
         self._pick(frozenset())  # refuses a closed connection
         links = list(self._links.values())
-        judged = SILENT_S if len(links) > 1 else None
+        judged = _COUNTS_SILENT_S if len(links) > 1 else None
         answers: list[Any] = []
         failure: MeshError | None = None
         for link in [link for link in links if not link.suspected] or links:

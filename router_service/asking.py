@@ -70,6 +70,7 @@ class Ask:
     asked_at: float  # time.monotonic()
     patience_s: float  # how long to wait before the server is overdue
     look_at: float  # when to see whether a replica may be asked too
+    noted: bool = False  # whether the link knows that it has answered
 
     @property
     def rows(self) -> int:
@@ -81,27 +82,16 @@ class Ask:
         """Whether the answer is here, and is one."""
         return succeeded(self.future) and self.future.result().hidden_states.shape == self.shape
 
-    @property
-    def failed(self) -> bool:
-        """Whether the answer is an error."""
-        return self.future.done() and not succeeded(self.future)
+    def note_answer(self) -> None:
+        """Tells the link, once, that it has answered: the batch may wait for others still."""
+        if not self.noted and self.link is not None:
+            self.noted = True
+            self.link.answered(self.asked_at, self.rows, self.patience_s)
 
     @property
     def left_out(self) -> bool:
         """Whether the server would not be asked for it any more."""
         return self.link is not None and self.link.left_out(self.rows)
-
-
-def note_answer(
-    link: ServerLink,
-    asked_at: float,
-    rows: int,
-    patience_s: float,
-    future: asyncio.Future[ExecuteResponse],
-) -> None:
-    """Tells a link that it has answered, at once: its batch may wait for others still."""
-    if succeeded(future):
-        link.answered(asked_at, rows, patience_s)
 
 
 def wake(waiter: asyncio.Future[None]) -> None:

@@ -28,7 +28,7 @@ from expertmesh.placement import SlotMap
 from expertmesh.rpc.answering import first_mesh_error
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.timers import Timers
-from router_service.asking import Ask, Run, drop, failed, note_answer, succeeded, wake
+from router_service.asking import Ask, Run, drop, failed, succeeded, wake
 from router_service.pool import ExpertPool
 from router_service.probing import Probes
 from router_service.routing import RoutedBatch
@@ -117,21 +117,30 @@ class FanOut:
     async def _sleep(self, run: Run, asks: Sequence[Ask]) -> None:
         """Returns when all are answered or one has failed; when it is time to look at one that is
         not; and when a server has been left out."""
-        left, look_at = 0, run.deadline.at
+        pending: dict[asyncio.Future[ExecuteResponse], Ask] = {}
+        look_at = run.deadline.at
+        for ask in asks:
+            if not ask.future.done():
+                pending[ask.future] = ask
+                look_at = min(look_at, ask.look_at)
+            elif not succeeded(ask.future):
+                return
+        if not pending:
+            return
+        left = len(pending)
         enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def answered(future: asyncio.Future[ExecuteResponse]) -> None:
             nonlocal left
             left -= 1
-            if left == 0 or not succeeded(future):
+            right = succeeded(future)
+            if right:
+                pending[future].note_answer()
+            if left == 0 or not right:
                 wake(enough)
 
-        pending = [ask for ask in asks if not ask.future.done()]
-        if not pending or any(ask.failed for ask in asks):
-            return
-        for ask in pending:
-            left, look_at = left + 1, min(look_at, ask.look_at)
-            ask.future.add_done_callback(answered)
+        for future in pending:
+            future.add_done_callback(answered)
         timer = self._timers.after(max(0.0, look_at - time.monotonic()), partial(wake, enough))
         self._sleeping.add(enough)
         try:
@@ -139,9 +148,9 @@ class FanOut:
         finally:
             self._sleeping.discard(enough)
             timer.cancel()
-            for ask in pending:
-                if not ask.future.done():
-                    ask.future.remove_done_callback(answered)
+            for future in pending:
+                if not future.done():
+                    future.remove_done_callback(answered)
 
     def _wake_all(self) -> None:
         """A server has been left out: whoever waits for it looks whether replicas may be asked."""
@@ -315,8 +324,6 @@ class FanOut:
             future = link.ask(request, run.deadline)
         except MeshError as error:
             future = failed(error)
-        else:
-            future.add_done_callback(partial(note_answer, link, now, shape[0], patience_s))
         return Ask(part, server, link, shape, future, now, patience_s, now + patience_s)
 
     def close(self) -> None:
@@ -329,6 +336,7 @@ class FanOut:
         if isinstance(failure := ask.future.exception(), MeshError):
             # Raised itself, it would hold the rows of the batch, and through its future itself.
             raise failure.again()
+        ask.note_answer()
         partial = ask.future.result().hidden_states
         if partial.shape != ask.shape:
             raise InternalError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 
@@ -16,7 +14,7 @@ from expertmesh.errors import MeshError
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.timers import Timers
-from router_service.asking import Run, drop, note_answer, succeeded
+from router_service.asking import Run, drop, succeeded
 from router_service.link import ServerLink
 from router_service.pool import ExpertPool
 
@@ -58,8 +56,14 @@ class Probes:
         run.count_again(part)
         self._sent.add(future)
         timer = self._timers.after(given_up_s, future.cancel)
-        future.add_done_callback(partial(note_answer, link, now, rows, patience_s))
-        future.add_done_callback(lambda done: self._ended(done, timer.cancel))
+
+        def ended(_: asyncio.Future[ExecuteResponse]) -> None:
+            timer.cancel()
+            self._sent.discard(future)
+            if succeeded(future):  # a probe's failure is nobody's news
+                link.answered(now, rows, patience_s)
+
+        future.add_done_callback(ended)
 
     def _part_for(self, run: Run, slots: SlotMap, server: str, rows: int) -> Part | None:
         """The pairs of at most so many rows of a batch that one server holds; None without any."""
@@ -73,13 +77,6 @@ class Probes:
         # By their numbers, even where they are all: so they are copied. The probe outlives the
         # batch, into whose memory the answer may be written.
         return Part(part.server, some[:rows], part.expert_ids[:rows])
-
-    def _ended(
-        self, future: asyncio.Future[ExecuteResponse], forget_timer: Callable[[], None]
-    ) -> None:
-        forget_timer()
-        self._sent.discard(future)
-        succeeded(future)  # a probe's failure is nobody's news
 
     def close(self) -> None:
         """Gives up every probe."""

@@ -497,7 +497,7 @@ def test_a_unary_message_over_the_limit_of_grpc_is_refused(channel) -> None:
 
 def test_what_grpc_says_of_a_large_message_is_too_large_to_the_python_client(mesh) -> None:
     async def send() -> None:
-        link = RouterLink(mesh.address, SharedMemoryConfig(), "off")
+        link = RouterLink(mesh.address, SharedMemoryConfig(), "off", proxy="")
         call = link._channel.unary_unary("/expertmesh.v1.RouterService/Forward")
         try:
             await link.control(call, bytes(OVER_GRPC), Deadline.after(10.0))
