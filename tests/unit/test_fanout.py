@@ -110,7 +110,7 @@ def test_a_server_without_a_replica_is_asked_again_until_it_answers() -> None:
 
 def test_a_silent_server_is_hedged_and_only_one_answer_counts() -> None:
     servers = {
-        "a": FakeServer(HALVES[0], _always(0.06)),
+        "a": FakeServer(HALVES[0], _always(1.0)),
         "b": FakeServer(HALVES[0], _always(0.0)),
         "c": FakeServer(HALVES[1], _always(0.0)),
     }
@@ -125,7 +125,7 @@ def test_a_silent_server_is_hedged_and_only_one_answer_counts() -> None:
 def test_hedges_are_counted_and_ordinary_askings_are_not() -> None:
     async def run(patience_s: float) -> int:
         servers = {
-            name: FakeServer(half, _always(0.05), patience_s)
+            name: FakeServer(half, _always(0.5), patience_s)
             for name, half in (("a", HALVES[0]), ("b", HALVES[0]), ("c", HALVES[1]))
         }
         pool = FakePool(servers, LAYER, EXPERTS)
@@ -401,9 +401,10 @@ class SmallOnly(FakeServer):
 
 
 def test_a_server_that_answers_only_small_requests_keeps_those_and_loses_the_others() -> None:
-    async def scenario() -> tuple[float, bool, bool]:
+    async def scenario() -> float:
         mesh = Mesh("ab")
         mesh.servers["a"] = SmallOnly(ALL, _always(0.0), PATIENCE_S)
+        standing, longest = mesh.servers["a"].standing, 0.0
 
         async def small() -> None:
             while True:
@@ -411,17 +412,17 @@ def test_a_server_that_answers_only_small_requests_keeps_those_and_loses_the_oth
                 await asyncio.sleep(0.005)
 
         going = asyncio.ensure_future(small())
-        first = max(await asyncio.gather(*(mesh.run(seed, rows=64) for seed in range(4))))
-        before, standing = mesh.servers["a"].calls, mesh.servers["a"].standing
+        async with asyncio.timeout(10.0):
+            # On a busy machine small ones may be late too: then a probe of them brings it back.
+            while not standing.is_suspect(64) or standing.is_suspect(4):
+                longest = max(longest, await mesh.run(rows=64))
+                await asyncio.sleep(0.005)
+        before = mesh.servers["a"].calls
         await _until(lambda: mesh.servers["a"].calls > before + 5)
         going.cancel()
-        return first, standing.is_suspect(64), standing.is_suspect(4)
+        return longest
 
-    first, large_suspect, small_suspect = asyncio.run(scenario())
-
-    assert first < STALL_S
-    assert large_suspect
-    assert not small_suspect
+    assert asyncio.run(scenario()) < STALL_S
 
 
 def test_what_a_lost_server_was_asked_for_goes_to_its_replica() -> None:
