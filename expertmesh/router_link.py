@@ -186,11 +186,13 @@ class RouterLink:
 
     async def _judge(self, stream: FrameStream) -> None:
         heard_at = stream.heard_at
-        if await self._describes(_DESCRIBE_S + self._bytes / _BYTES_PER_S):
-            self._busy_since = time.monotonic()  # that was heard, too
-        elif stream.heard_at == heard_at:
-            self._suspect()
-        self._look_in(SILENT_S)
+        try:
+            if await self._describes(_DESCRIBE_S + self._bytes / _BYTES_PER_S):
+                self._busy_since = time.monotonic()  # that was heard, too
+            elif stream.heard_at == heard_at:
+                self._suspect()
+        finally:  # whatever happens: without a look that is due the router is never judged again
+            self._look_in(SILENT_S)
 
     async def _describes(self, timeout_s: float) -> bool:
         """Whether the router answers a question that it need not think about."""
@@ -226,9 +228,9 @@ class RouterLink:
 
     async def close(self) -> None:
         """Closes stream and channel."""
+        await self._tasks.close()
         if self._look_timer is not None:
             self._look_timer.cancel()
-        await self._tasks.close()
         if self._stream is not None:
             await self._stream.close()
         await self._channel.close()

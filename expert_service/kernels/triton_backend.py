@@ -135,7 +135,7 @@ class TritonBackend:
         held = self._layers.get(layer)
         rows, k = expert_ids_RK.shape
         if held is None or not held.stacks or not rows or not k:
-            return torch.zeros(hidden_RH.shape, dtype=partial_dtype(hidden_RH.dtype))
+            return hidden_RH.new_zeros(hidden_RH.shape, dtype=partial_dtype(hidden_RH.dtype))
         inputs = (hidden_RH, expert_ids_RK, weights_RK)
         bucket = bucket_rows(rows)
         if bucket in held.graphs and k <= held.k:

@@ -137,7 +137,7 @@ class Checkpoint:
         scale_name = self._scale_name(name)
         if scale_name and self._block:
             scales = self._tensors.read(scale_name).float()
-            place = torch.arange(first, first + count)
+            place = torch.arange(first, first + count, device="cpu")
             row, column = place // columns // self._block.rows, place % columns
             values = values.float() * scales[row, column // self._block.columns]
         return first, values

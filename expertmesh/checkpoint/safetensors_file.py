@@ -99,7 +99,7 @@ class SafetensorsFile:
     def read_span(self, name: str, first: int, count: int) -> torch.Tensor:
         """`count` elements of a tensor from the `first` on, in row-major order."""
         info = self.tensors[name]
-        tensor = torch.empty(count, dtype=info.dtype)
+        tensor = torch.empty(count, dtype=info.dtype, device="cpu")
         self._read_into(memory(tensor), info.start + first * info.dtype.itemsize, name)
         return tensor
 

@@ -31,6 +31,11 @@ ANSWERS = {
     # Work that somebody waits for, and hears the error of.
     "expertmesh/rpc/loop.py submit run_coroutine_threadsafe": "its caller has the future",
     "expertmesh/rpc/loop.py run submit": "its caller waits",
+    "expertmesh/router_link.py RouterLink.control ensure_future": "its caller waits",
+    "expertmesh/router_link.py RouterLink._ends_or_lives ensure_future": "its caller waits",
+    "expertmesh/router_link.py RouterLink._look spawn": "the next look is due, whatever ends it",
+    "expertmesh/router_link.py RouterLink._suspect spawn":
+        "no answer to its question ends it; a bug is logged, and the router is the last choice",
     "expertmesh/rpc/process.py run_until_signal ensure_future": "the process ends with either",
     "expertmesh/rpc/served_frames.py ServedFrames._start_if_complete create_task":
         "answers its frame, with an error if need be; the session's group ends with a bug of ours",
@@ -64,6 +69,7 @@ ANSWERS = {
         "the server says `failed` and its process ends (integration/test_loops.py)",
     "fleet/supervisor_actor.py SupervisorActor.__init__ Thread":
         "no error ends a turn (integration/test_loops.py); Ray restarts the process",
+    "fleet/watch.py Watch.__init__ Thread": "no error ends a look",
     # Ray's side of the services.
     "fleet/actors.py ServiceHost.__init__ submit": "tries until the service has started",
     "expert_service/actor.py ExpertServerHost.__init__ submit": "tries until the files are there",
