@@ -64,6 +64,7 @@ class _Tables:
         self.slots[rows, a, i], self.slots[rows, b, j] = of_b, of_a
         self.holds[rows, a, of_a] = self.holds[rows, b, of_b] = False
         self.holds[rows, a, of_b] = self.holds[rows, b, of_a] = True
+        self.holds[rows, a, self.experts] = False  # of empty places a server may get several
         shift = self.share[rows, of_a] - self.share[rows, of_b]
         self.load[rows, a] -= shift
         self.load[rows, b] += shift
