@@ -190,6 +190,32 @@ def test_every_pair_contributes_exactly_once_whatever_fails(seed: int) -> None:
     torch.testing.assert_close(combine(batch.hidden, result.contributions), _expected(batch))
 
 
+def test_parts_that_are_answered_in_time_pay_for_second_askings_of_slow_servers() -> None:
+    """A burst of one and a tenth for each part: three of a batch with a second asking, three of one
+    whose slow server is waited for, and twice three of batches that are answered at once."""
+    servers = {
+        "a": FakeServer(HALVES[0], lambda call: 0.05 if servers["a"].patience < 1 else 0.0),
+        "b": FakeServer(HALVES[0], _always(0.0), patience_s=60.0),  # the replica of "a"
+        "c": FakeServer(HALVES[1], _always(0.0), patience_s=60.0),
+    }
+    never_silent = time.monotonic() + 60.0
+    servers["a"].standing.answered(never_silent, never_silent, 4096, 60.0)
+
+    async def scenario() -> list[tuple[int, int]]:
+        pool = FakePool(servers, LAYER, EXPERTS)
+        config = RouterConfig(hedge_burst=1.0, hedge_share=0.1)
+        fanout = FanOut(pool, lambda: pool.slots, config)  # type: ignore[arg-type]
+        seen = []
+        for slow in (True, True, False, False, True):
+            servers["a"].patience = 0.01 if slow else 60.0
+            before = sum(server.calls for server in servers.values())
+            await fanout.run(_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
+            seen.append((fanout.hedges, sum(server.calls for server in servers.values()) - before))
+        return seen
+
+    assert asyncio.run(scenario()) == [(1, 4), (1, 3), (1, 3), (1, 3), (2, 4)]
+
+
 # What follows is about servers that hang: they take requests, and answer none of them.
 
 HANG_S = 60.0

@@ -183,3 +183,11 @@ def test_the_hedge_budget_refills_by_its_share() -> None:
     assert spent == [True, True, False]
     assert budget.spend()
     assert not budget.spend()
+
+
+def test_the_hedge_budget_never_holds_more_than_its_burst() -> None:
+    budget = HedgeBudget(burst=2.0, share=0.5)
+
+    budget.earn(1000)
+
+    assert [budget.spend(), budget.spend(), budget.spend()] == [True, True, False]
