@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +72,9 @@ def initial_parts(spec: ModelSpec, shards: int) -> list[list[Slot]]:
     everywhere = _shared_is_cheap(spec, shards)
     for position, layer in enumerate(spec.layers):
         bounds = [layer.num_experts * part // shards for part in range(shards + 1)]
-        for part in range(shards):
+        for part, (first, stop) in enumerate(pairwise(bounds)):
             target = parts[(part + position) % shards if layer.num_experts % shards else part]
-            target += [Slot(layer.index, e) for e in range(bounds[part], bounds[part + 1])]
+            target += [Slot(layer.index, e) for e in range(first, stop)]
         if layer.has_shared:
             chosen = parts if everywhere else [parts[position % shards]]
             for target in chosen:

@@ -45,7 +45,8 @@ def proportional(bias_E: torch.Tensor, counts_E: torch.Tensor, update_rate: floa
     """
     error_E = _error(bias_E, counts_E, update_rate)
     mean = _mean(counts_E)
-    relative_E = torch.where(mean > 0, error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
+    # Where nothing was counted the error is 0, and so is its share of any number.
+    relative_E = error_E / mean.clamp(min=torch.finfo(mean.dtype).tiny)
     return bias_E.float() + update_rate * relative_E.float()
 
 

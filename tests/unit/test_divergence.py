@@ -56,6 +56,34 @@ def test_the_gates_groups_count_when_picks_are_compared() -> None:
     assert (kept.changed, moved.changed) == (0, 1)
 
 
+def test_a_share_is_known_to_two_standard_errors() -> None:
+    shares = [Share(20, 100), Share(50, 100), Share(0, 100), Share(0, 0)]
+
+    assert [share.value for share in shares] == [0.2, 0.5, 0.0, 0.0]
+    assert [share.upper for share in shares] == pytest.approx([0.28, 0.6, 0.0, 0.0])
+
+
+def test_a_share_exactly_at_the_ceiling_is_admitted_at_once_or_after_a_halving() -> None:
+    """A delta of 0.05 changes 20 of 100 picks, one of 0.1 changes 40."""
+    sample = Sample(_rows(*[0.03] * 20, *[0.08] * 20, *[0.5] * 60))
+    ceiling = Share(20, 100).upper
+
+    at_once = judge(torch.tensor([0.0, 0.05]), GATE, [sample], ceiling)
+    later = judge(torch.tensor([0.0, 0.1]), GATE, [sample], ceiling)
+
+    assert (at_once.share, at_once.halvings) == (Share(20, 100), 0)
+    assert (later.share, later.halvings) == (Share(40, 100), 1)
+    assert later.delta.tolist() == pytest.approx([0.0, 0.05])
+
+
+def test_the_larger_share_decides_and_not_the_larger_number() -> None:
+    many = Sample(_rows(*[0.05] * 30, *[0.5] * 970))
+    few = Sample(_rows(*[0.05] * 20, *[0.5] * 80))
+
+    for samples in ([many, few], [few, many]):
+        assert judge(torch.tensor([0.0, 0.1]), GATE, samples, 1.0).share == Share(20, 100)
+
+
 def test_a_candidate_under_the_ceiling_is_admitted_as_it_is() -> None:
     candidate = torch.tensor([0.0, 0.04])
 
@@ -163,6 +191,35 @@ def test_a_router_that_is_gone_or_serves_nothing_judges_no_more() -> None:
     assert len(held.usable()) == 1
 
 
+def test_rows_are_stale_once_they_are_older_than_they_may_be() -> None:
+    held = HeldSamples(stale_s=10.0)
+    for name, at in (("old", 9.9), ("just in time", 10.0), ("newest", 20.0)):
+        held.add(name, _even(MIN_ROWS), now=at)
+
+    assert len(held.usable()) == 2
+
+
+def test_nothing_held_judges_nothing_and_a_router_that_sent_none_can_go() -> None:
+    held = HeldSamples(stale_s=10.0)
+
+    held.drop("never heard of")
+
+    assert held.usable() == []
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["of the held rows", "of the new ones"])
+def test_rows_whose_choice_is_known_only_in_part_choose_again(first: bool) -> None:
+    held, reports = HeldSamples(stale_s=10.0), (_even(MIN_ROWS), _rows(-0.2, 0.01))
+    for number, rows in enumerate(reports):
+        known = own_choices([(rows, GATE)])[0] if first == (number == 0) else None
+        held.add("r0", rows, 0.0, known)
+    (sample,) = held.usable()
+
+    share = sample.divergence(torch.tensor([0.0, 0.1]), GATE)
+
+    assert share == Sample(sample.scores_TE).divergence(torch.tensor([0.0, 0.1]), GATE)
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -211,6 +268,24 @@ def test_each_of_many_layers_is_cut_as_if_it_were_alone() -> None:
         assert torch.equal(alone.delta, verdict.delta)
         assert alone[1:] == verdict[1:]
     assert [verdict.withdrawn for verdict in together] == [False, False, True, True, False]
+
+
+def test_layers_of_other_sizes_and_rules_are_judged_in_one_go_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    candidates = [
+        Candidate(
+            torch.randn(experts, generator=generator) / 10,
+            Gate(GateSpec(score="sigmoid", top_k=top_k), torch.zeros(experts)),
+            [Sample(torch.rand(70, experts, generator=generator))],
+        )
+        for experts, top_k in [(8, 1), (8, 2), (8, 2), (6, 2), (8, 2)]
+    ]
+
+    together = judge_all(candidates, ceiling=1.0)
+
+    alone = [judge(each.delta, each.gate, each.samples, 1.0).share for each in candidates]
+    assert [verdict.share for verdict in together] == alone
+    assert [share.picks for share in alone] == [70, 140, 140, 140, 140]
 
 
 def test_own_picks_of_a_small_report_are_kept_with_its_rows() -> None:

@@ -80,6 +80,18 @@ def test_every_row_of_a_stack_is_a_layer_of_its_own(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("policy", [sign, proportional])
+def test_a_rate_of_zero_leaves_the_bias_unchanged(policy: Policy) -> None:
+    assert policy(torch.tensor([0.5, -0.5]), torch.tensor([9, 1]), 0.0).tolist() == [0.5, -0.5]
+
+
+def test_frozen_is_fp32_zeros_whatever_came_in() -> None:
+    moved_E = POLICIES["frozen"](torch.ones(2, dtype=torch.bfloat16), torch.ones(2), 0.1)
+
+    assert moved_E.dtype == torch.float32
+    assert moved_E.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("policy", [sign, proportional])
 def test_a_new_fp32_bias_is_returned_and_the_old_one_is_not_written(policy: Policy) -> None:
     bias_E = torch.zeros(2, dtype=torch.bfloat16)
 
@@ -158,10 +170,11 @@ def test_a_schedule_lowers_the_rate_to_its_floor(schedule: Any, expected: list[f
         ([4, 4, 4, 4], 0.0),
         ([7, 1, 2, 2], 4 / 3),
         ([12, 0, 0, 0], 3.0),
+        ([1, 0, 0, 0], 3.0),
         ([0, 0, 0], 0.0),
         ([5], 0.0),
     ],
-    ids=["balanced", "skewed", "all on one", "nothing counted", "one expert"],
+    ids=["balanced", "skewed", "all on one", "one in all", "nothing counted", "one expert"],
 )
 def test_max_violation_is_the_excess_of_the_fullest_over_the_mean(
     counts: list[int], expected: float

@@ -8,7 +8,7 @@ from expertmesh.model import GateSpec, GateWeights, LayerSpec, ModelSpec
 from expertmesh.placement import SlotMap
 from expertmesh.v1 import control_pb2 as pb
 from expertmesh.v1 import expert_pb2
-from router_service.snapshot import EpochsInUse, Snapshot
+from router_service.snapshot import EpochsInUse, Model, Snapshot
 
 SPEC = ModelSpec(
     model_type="t",
@@ -49,6 +49,8 @@ def test_the_serving_bias_is_the_trained_one_plus_the_delta() -> None:
     snapshot = Snapshot(SlotMap(0, ())).with_bias(_bias(1, [1.0, 0.25, 0.0]), GATES)
 
     assert snapshot.biases[1].tolist() == [1.5, 0.25, -0.5]
+    assert snapshot.biases[1].dtype == torch.float32
+    assert (snapshot.bias_version, snapshot.mode) == (1, "adaptive")
     assert GATES[1].bias.tolist() == [0.5, 0.0, -0.5]
 
 
@@ -63,6 +65,7 @@ def test_a_late_placement_does_not_replace_a_newer_one() -> None:
 
     assert newer.slots.servers == ("new",)
     assert newer.with_placement(_placement(2, "old"), SPEC) is newer
+    assert newer.with_placement(_placement(3, "old"), SPEC) is newer
 
 
 def test_slots_of_experts_that_the_model_does_not_have_are_left_out() -> None:
@@ -92,3 +95,23 @@ def test_a_placement_brings_the_rates_of_its_servers_and_1_where_it_names_none()
     slots = Snapshot(SlotMap(0, ())).with_placement(placement, SPEC).slots
 
     assert slots.rates == {"fast": 2.5, "old": 1.0}
+
+
+def test_an_epoch_is_in_use_until_the_last_of_its_batches_ends() -> None:
+    epochs = EpochsInUse()
+
+    for _ in range(3):
+        epochs.begin(4)
+    seen = []
+    for _ in range(3):
+        epochs.end(4)
+        seen.append(epochs.oldest(7))
+
+    assert seen == [4, 4, 7]
+
+
+def test_a_model_knows_its_layers_by_index_and_no_others() -> None:
+    model = Model(SPEC, GATES, "digest", torch.float32)
+
+    assert model.layer(1) is SPEC.layers[0]
+    assert model.layer(0) is None
