@@ -127,7 +127,7 @@ def plan_placement(
     site, slots = site_of(wanted, servers, redundant, groups)
     site = replace(site, weighted=weighted)
     counted = wanted.sum(1) > 0
-    price = move_cost / max(int(slots.sum()), 1)
+    price = move_cost / int(slots.sum())
     task = Task(units, counted, site, slots, price, least_gain)
     names = tuple(server.name for server in servers)
     if current is None:
@@ -162,8 +162,8 @@ def _plan(
 def _weights(units: Ints, holds: Bools, site: Site) -> Floats:
     """[L, S, E]: the part of an expert's rows that each copy gets."""
     amount = spread(np.maximum(units, 1), holds, site)
-    total = amount.sum(1, keepdims=True)
-    return np.asarray(amount / np.where(total > 0, total, 1.0))
+    # An expert that nobody holds has no amount to divide.
+    return np.asarray(amount / np.maximum(amount.sum(1, keepdims=True), 1.0))
 
 
 def _moves(names: tuple[str, ...], before: Bools, after: Bools) -> tuple[Move, ...]:

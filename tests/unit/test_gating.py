@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from expertmesh.errors import ConfigError
-from expertmesh.gating import check_gate, logits, route, select, shared_weights
+from expertmesh.gating import (
+    changed_picks,
+    check_gate,
+    choice_mask,
+    choose,
+    in_groups,
+    logits,
+    route,
+    scores,
+    select,
+    shared_weights,
+)
 from expertmesh.model import GateSpec, GateWeights
 from tests.gates import V3
 
@@ -56,6 +67,61 @@ def test_renormalised_weights_add_up_to_the_scale() -> None:
     _, weights = select(logits_TE, replace(SOFTMAX, renormalize=True, scale=3.0))
 
     torch.testing.assert_close(weights, torch.tensor([[2.0, 1.0]]))
+
+
+@pytest.mark.parametrize("rows", [1, 300], ids=["few rows", "many rows"])
+def test_weights_are_divided_by_their_sum_and_the_familys_epsilon_then_scaled(rows: int) -> None:
+    spec = replace(SIGMOID, renormalize=True, renormalize_eps=0.5, scale=3.0)
+
+    routing = select(torch.zeros(rows, 4), spec)
+
+    # Two scores of 0.5: each 0.5 / (1 + 0.5), three times.
+    assert routing.weights.tolist() == [[pytest.approx(1.0)] * 2] * rows
+    assert routing.weights.dtype == torch.float32
+    assert routing.expert_ids.dtype == torch.int32
+
+
+@pytest.mark.parametrize("rows", [1, 300], ids=["few rows", "many rows"])
+def test_scores_are_float32_whatever_the_logits_are(rows: int) -> None:
+    logits_TE = torch.tensor([[0.3, 0.2, 0.1, 0.0]] * rows, dtype=torch.bfloat16)
+
+    sigmoid, softmax = scores(logits_TE, SIGMOID), scores(logits_TE, SOFTMAX)
+
+    assert (sigmoid.dtype, softmax.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(sigmoid, logits_TE.float().sigmoid())
+    assert torch.equal(softmax, logits_TE.float().softmax(-1))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_gradients_flow_through_the_weights_of_few_rows(score: Any) -> None:
+    logits_TE = torch.tensor([[2.0, 1.0, 0.0, -1.0]], requires_grad=True)
+
+    select(logits_TE, replace(SOFTMAX, score=score)).weights.sum().backward()
+
+    assert logits_TE.grad is not None
+    assert bool((logits_TE.grad[0, :2] > 0).all())
+
+
+def test_a_choice_is_also_told_as_a_mask_and_compared_with_another() -> None:
+    scores_TE = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    bias_E = torch.tensor([0.0, 0.0, 0.0, 0.25])
+
+    own, biased = choice_mask(scores_TE, SIGMOID), choice_mask(scores_TE, SIGMOID, bias_E)
+    ids_TK = choose(scores_TE, SIGMOID, bias_E)
+
+    assert own.int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert biased.int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 1]]
+    assert ids_TK.sort(1).values.tolist() == [[0, 3], [2, 3]]
+    assert ids_TK.dtype == torch.int64
+    assert changed_picks(ids_TK.int(), own) == 1
+    assert changed_picks(choose(scores_TE, SIGMOID).int(), own) == 0
+
+
+def test_groups_that_are_not_kept_cannot_be_chosen_from() -> None:
+    choice_TE = torch.tensor([[0.9, 0.0, 0.6, 0.5]])
+
+    assert in_groups(choice_TE, GROUPED).tolist() == [[-math.inf, -math.inf, *choice_TE[0, 2:]]]
+    assert in_groups(choice_TE, replace(GROUPED, topk_group=2)) is choice_TE
 
 
 def test_bias_decides_who_is_chosen_and_never_the_weight() -> None:
@@ -154,8 +220,14 @@ def test_logits_are_computed_in_float32_or_in_the_dtype_of_the_hidden_states() -
     hidden_TH = torch.randn(3, 8, dtype=torch.bfloat16)
     gate = GateWeights(torch.randn(4, 8), torch.zeros(4), None)
 
-    assert logits(hidden_TH, gate, replace(SIGMOID, logits_float32=True)).dtype == torch.float32
-    assert logits(hidden_TH, gate, SOFTMAX).dtype == torch.bfloat16
+    wide, narrow = (
+        logits(hidden_TH, gate, replace(SIGMOID, logits_float32=True)),
+        logits(hidden_TH, gate, SOFTMAX),
+    )
+
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(wide, hidden_TH.float() @ gate.weight.T)
+    torch.testing.assert_close(narrow.float(), wide, rtol=0.05, atol=0.1)
 
 
 def test_route_selects_from_the_logits_of_the_gate() -> None:
@@ -175,31 +247,68 @@ def test_the_shared_weight_is_the_sigmoid_of_its_gate() -> None:
     expected = torch.tensor([0.5, 1 / (1 + math.exp(-1.0))])
     torch.testing.assert_close(weights, expected)
     assert shared_weights(torch.zeros(1, 2), gate._replace(shared_gate=None)) is None
+    narrow = shared_weights(torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16), gate)
+    assert narrow is not None
+    assert narrow.dtype == torch.float32
+    assert narrow.tolist() == [expected[1].bfloat16().item()]
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"score": "tanh"}, "score is 'tanh'"),
+        ({"score": "tanh"}, "score is 'tanh', expected softmax or sigmoid"),
         ({"top_k": 0}, "top_k is 0, expected 1 to 8"),
         ({"top_k": 9}, "top_k is 9, expected 1 to 8"),
-        ({"n_group": 0}, "n_group is 0"),
+        ({"n_group": 0}, "n_group is 0, expected at least 1"),
         ({"n_group": 3}, "n_group is 3, expected a divisor of 8"),
+        ({"n_group": 4, "topk_group": 0}, "topk_group is 0, expected 1 to n_group=4"),
         ({"n_group": 4, "topk_group": 5}, "topk_group is 5, expected 1 to n_group=4"),
         ({"n_group": 4, "topk_group": 1, "top_k": 3}, "top_k is 3, expected 1 to 2"),
-        ({"n_group": 8, "topk_group": 2, "group_score": "top2_sum"}, "groups of 1"),
-        ({"scale": math.nan}, "scale is nan"),
-        ({"renormalize_eps": -1.0}, "renormalize_eps is -1.0"),
+        (
+            {"n_group": 8, "topk_group": 2, "group_score": "top2_sum"},
+            "group_score is 'top2_sum' with groups of 1, expected groups of 2 or more",
+        ),
+        ({"scale": math.nan}, "scale is nan, expected a finite number"),
+        ({"scale": math.inf}, "scale is inf, expected a finite number"),
+        ({"renormalize_eps": -1.0}, "renormalize_eps is -1.0, expected 0 or more"),
+        ({"renormalize_eps": math.inf}, "renormalize_eps is inf, expected 0 or more"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_a_gate_that_cannot_choose_is_refused(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError) as refused:
         check_gate(replace(SOFTMAX, **change), 8)
+
+    assert refused.value.message == f"the gate cannot work: {says}"
+
+
+@pytest.mark.parametrize(
+    ("change", "experts"),
+    [
+        ({"top_k": 1}, 1),
+        ({"top_k": 8}, 8),
+        ({"n_group": 4, "topk_group": 2, "top_k": 4, "group_score": "top2_sum"}, 8),
+        ({"n_group": 8, "topk_group": 2, "group_score": "max"}, 8),
+        ({"n_group": 8, "topk_group": 8, "group_score": "top2_sum"}, 8),
+        ({"renormalize_eps": 0.0}, 8),
+        ({"score": "sigmoid", "scale": -2.5}, 8),
+    ],
+    ids=[
+        "one expert",
+        "every expert",
+        "pairs",
+        "of one, by its best",
+        "all groups",
+        "eps",
+        "scale",
+    ],
+)
+def test_a_gate_that_can_just_choose_is_taken(change: dict[str, Any], experts: int) -> None:
+    check_gate(replace(SOFTMAX, **change), experts)
 
 
 def test_a_layer_without_experts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="0 experts"):
+    with pytest.raises(ConfigError, match="the layer has 0 experts, expected at least 1"):
         check_gate(SOFTMAX, 0)
 
 

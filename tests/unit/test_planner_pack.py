@@ -30,6 +30,12 @@ def test_loads_become_units_that_add_up_to_about_as_many_in_every_layer(scale: f
     assert units.tolist() == [[UNITS // 8, UNITS // 4, UNITS * 5 // 8], [0, 0, UNITS]]
 
 
+def test_a_tiny_layer_beside_a_huge_one_keeps_its_shares() -> None:
+    units = quantise(np.array([[1e300, 3e300], [1e-300, 3e-300]]))
+
+    assert units.tolist() == [[UNITS // 4, UNITS * 3 // 4]] * 2
+
+
 def test_a_share_of_a_unit_is_rounded_and_a_layer_without_load_is_even() -> None:
     units = quantise(np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
 
@@ -70,6 +76,7 @@ def test_groups_go_heaviest_first_to_the_node_that_is_then_done_first() -> None:
 
     even = pack_groups(load, 4, np.array([1.0, 1.0]))
     fast = pack_groups(load, 4, np.array([1.0, 4.0]))
+    assert even.dtype == np.int64
 
     # Of groups 3, 18, 8, 2 the heaviest goes to node 0, the next to 1, which takes the third too.
     assert even.tolist() == [[1, 1, 0, 0, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
