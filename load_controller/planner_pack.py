@@ -72,10 +72,10 @@ def pack_groups(load: Floats, groups: int, node_rate: Floats) -> Ints:
     """
     layers, experts = load.shape
     nodes = len(node_rate)
-    weight = load.reshape(layers, groups, -1).sum(2)
+    weight = load.reshape(layers, groups, experts // groups).sum(2)
     order = np.argsort(-weight, axis=1, kind="stable")
     node_of_group = np.zeros((layers, groups), np.int64)
-    carried, used = np.zeros((layers, nodes)), np.zeros((layers, nodes), np.int64)
+    carried, used = np.zeros((2, layers, nodes))
     every = np.arange(layers)
     for group in order.T:
         time = (carried + weight[every, group, None]) / node_rate

@@ -35,16 +35,16 @@ def site_of(
     total = experts + redundant
     rate = np.array([server.rate for server in servers], np.float64)
     names = sorted({server.node for server in servers})
-    node = np.array([names.index(server.node) for server in servers], np.int64)
+    node = np.array([names.index(server.node) for server in servers])
     if _groups_divide(experts, groups, len(names), total):
         assert groups is not None
-        slots = np.full(len(names), total // len(names), np.int64)
+        slots = np.full(len(names), total // len(names))
         capacity = _capacities(servers, node, slots)
         room = np.minimum(capacity, experts // len(names))
         if (np.bincount(node, room) >= slots).all():
             home = pack_groups(load, groups, np.bincount(node, rate).astype(np.float64))
             return Site(rate, capacity, node, home, experts // groups), slots
-    node, slots = np.zeros_like(node), np.array([total], np.int64)
+    node, slots = np.zeros_like(node), np.array([total])
     capacity = _capacities(servers, node, slots)
     room = int(np.minimum(capacity, experts).sum())
     if room < total:
@@ -70,8 +70,7 @@ def _capacities(servers: Sequence[Server], node: Ints, slots: Ints) -> Ints:
         [
             math.ceil(slots[at] / on_node[at]) if server.capacity is None else server.capacity
             for server, at in zip(servers, node, strict=True)
-        ],
-        np.int64,
+        ]
     )
 
 

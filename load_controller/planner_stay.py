@@ -98,10 +98,10 @@ def _home(site: Site, holds: Bools) -> Ints:
     nodes = int(site.node.max()) + 1
     per_node = np.stack([holds[:, site.node == n].sum(1) for n in range(nodes)], 1)  # [L, N, E]
     home = site.home.copy()
-    votes = per_node.reshape(*per_node.shape[:2], -1, site.run).sum(3)  # [L, N, groups]
-    experts = holds.shape[2]
+    layers, _, experts = holds.shape
+    votes = per_node.reshape(layers, nodes, experts // site.run, site.run).sum(3)
     for layer, chosen in enumerate(np.repeat(votes.argmax(1), site.run, axis=1)):
-        if (np.bincount(chosen, minlength=nodes) == experts // nodes).all():
+        if (np.bincount(chosen) == experts // nodes).all():
             home[layer] = chosen
     return home
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,60 @@ def test_a_sum_over_blocks_of_rows_is_rounded_once(
     assert room is None or combined is room
 
 
+def test_a_part_with_every_row_takes_the_tensor_itself_and_another_its_rows() -> None:
+    tensor = torch.arange(6.0).view(3, 2)
+
+    assert dispatch.rows_of(tensor, None) is tensor
+    assert dispatch.rows_of(tensor, np.array([0, 2])).tolist() == [[0.0, 1.0], [4.0, 5.0]]
+
+
+def test_one_sum_of_every_row_is_the_answer_in_the_type_of_the_hidden_states() -> None:
+    hidden, partial = torch.zeros(3, 4).bfloat16(), torch.randn(3, 4)
+
+    assert torch.equal(dispatch.combine(hidden, [(None, partial)]), partial.bfloat16())
+    narrow = partial.bfloat16()
+    assert dispatch.combine(hidden, [(None, narrow)]) is narrow
+
+
+@pytest.mark.parametrize("wide", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+def test_sums_of_a_wider_type_are_added_before_they_are_rounded(wide: tuple[int, ...]) -> None:
+    partials = [torch.randn(300, 8), torch.randn(300, 8)]
+    partials = [p if i in wide else p.bfloat16() for i, p in enumerate(partials)]
+
+    combined = dispatch.combine(torch.zeros(300, 8).bfloat16(), [(None, p) for p in partials])
+
+    assert combined.dtype == torch.bfloat16
+    assert torch.equal(combined, (partials[0].float() + partials[1].float()).bfloat16())
+
+
+class _Kernel:
+    """Adds up what it takes, and keeps what it was asked."""
+
+    def __init__(self, takes: bool) -> None:
+        self._takes = takes
+        self.asked: list[tuple[torch.Tensor, Sequence[dispatch.Contribution]]] = []
+
+    def takes(self, out_TH: torch.Tensor, contributions: Sequence[dispatch.Contribution]) -> bool:
+        self.asked.append((out_TH, contributions))
+        return self._takes
+
+    def add(self, out_TH: torch.Tensor, contributions: Sequence[dispatch.Contribution]) -> None:
+        assert self.asked == [(out_TH, contributions)]
+        out_TH.fill_(9.0)
+
+
+@pytest.mark.parametrize(("takes", "expected"), [(True, 9.0), (False, 1.0)])
+def test_a_kernel_adds_up_what_it_takes_into_the_room(takes: bool, expected: float) -> None:
+    hidden, room, kernel = torch.zeros(3, 4), torch.empty(3, 4), _Kernel(takes)
+    contributions = [(np.array([0, 2]), torch.ones(2, 4)), (np.array([1]), torch.ones(1, 4))]
+
+    combined = dispatch.combine(hidden, contributions, room, kernel)
+
+    assert combined is room
+    assert combined.tolist() == [[expected] * 4] * 3
+    assert kernel.asked == [(room, contributions)]
+
+
 def test_rows_without_contributions_are_zero_and_no_rows_give_none() -> None:
     hidden = torch.randn(3, 4)
 
@@ -218,6 +274,24 @@ def test_a_large_skewed_batch_is_divided_evenly_and_rows_stay_where_they_go_anyw
     assert sent <= 3.7 * rows, "4.4 if copies are drawn without regard to where rows go"
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_every_pair_of_a_large_batch_is_asked_once_of_a_server_that_holds_it(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    servers, experts = int(generator.integers(2, 6)), int(generator.integers(2, 9))
+    holds = generator.random((servers, experts)) < generator.choice([0.2, 0.5, 0.9])
+    holds[-1] &= seed % 3 > 0  # one that holds nothing
+    rows, k = 64 * servers, int(generator.integers(1, 4))
+    ids = generator.integers(-1, experts, (rows, k)).astype(np.int32)
+
+    parts, unplaced = dispatch.plan(ids, Holders(holds, generator.random(servers) + 0.1), seed)
+
+    lonely = np.zeros_like(ids, np.bool_) if unplaced is None else unplaced >= 0
+    np.testing.assert_array_equal(_pairs(parts, rows, k) + lonely, ids >= 0)
+    np.testing.assert_array_equal(lonely, (ids >= 0) & ~holds.any(0)[ids])
+    for part in parts:
+        assert holds[part.server, part.expert_ids[part.expert_ids >= 0]].all()
+
+
 def test_a_slow_server_gets_less_of_a_large_batch() -> None:
     ids = np.zeros((600, 1), np.int32)
 
@@ -243,7 +317,10 @@ def test_the_sum_may_take_the_place_of_a_partial_sum_that_is_nobody_elses() -> N
 def test_a_sum_in_place_of_a_partial_sum_is_the_same_sum(partials: int, place: int) -> None:
     hidden = torch.randn(300, 8).bfloat16()
     contributions = [(None, torch.randn(300, 8).bfloat16()) for _ in range(partials)]
-    expected = dispatch.combine(hidden, contributions)
+    total = torch.zeros(300, 8)
+    for _, partial in contributions:
+        total += partial.float()
+    expected = total.bfloat16()
 
     room = contributions[place][1]
     assert dispatch.combine(hidden, contributions, room) is room

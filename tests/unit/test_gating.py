@@ -109,7 +109,7 @@ def test_a_choice_is_also_told_as_a_mask_and_compared_with_another() -> None:
     own, biased = choice_mask(scores_TE, SIGMOID), choice_mask(scores_TE, SIGMOID, bias_E)
     ids_TK = choose(scores_TE, SIGMOID, bias_E)
 
-    assert own.int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 1]]
+    assert own.tolist() == [[True, True, False, False], [False, False, True, True]]
     assert biased.int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 1]]
     assert ids_TK.sort(1).values.tolist() == [[0, 3], [2, 3]]
     assert ids_TK.dtype == torch.int64

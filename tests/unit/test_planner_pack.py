@@ -183,6 +183,33 @@ def test_copies_are_packed_as_one_after_the_other(seed: int, started: bool) -> N
         assert (placed == _packed(*one)).all()
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_copies_that_fill_servers_of_unlike_room_are_packed_as_one_after_the_other(
+    seed: int,
+) -> None:
+    """Every slot is used, so that the last copies often find room only where they are already."""
+    rng = np.random.default_rng(seed)
+    servers, experts = int(rng.integers(2, 5)), int(rng.integers(3, 7))
+    capacity = rng.choice([1, 2, experts], servers)
+    capacity[0] = experts
+    site = Site(
+        rate=rng.choice([1.0, 2.0], servers),
+        capacity=capacity,
+        node=np.zeros(servers, np.int64),
+        home=np.zeros((1, experts), np.int64),
+        run=experts,
+    )
+    units = rng.integers(1, 30, (1, experts))
+    copies = copy_hottest(units, site, capacity.sum(keepdims=True))
+
+    found = pack(units, copies, np.zeros((1, servers, experts), np.bool_), site)
+
+    expected = _packed(
+        units[0], copies[0], np.zeros((servers, experts), np.bool_), site, site.home[0]
+    )
+    assert (found[0] == expected).all()
+
+
 def test_another_expert_makes_room_where_only_holders_have_some() -> None:
     """Expert 0 has two copies, and the last slot left is on a server that has one of them."""
     site = Site(np.ones(2), np.array([3, 1]), np.zeros(2, np.int64), np.zeros((1, 3), np.int64), 3)

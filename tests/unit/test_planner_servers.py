@@ -19,12 +19,13 @@ def _pairs(**options: object) -> list[Server]:
 
 
 def test_without_groups_every_server_may_hold_every_expert() -> None:
-    servers = [Server(name="x", node="a", rate=2.0), Server(name="y", node="b", capacity=4)]
+    servers = [Server(name="x", node="a", rate=2), Server(name="y", node="b", rate=1, capacity=4)]
 
     site, slots = site_of(np.ones((2, 5)), servers, 2, None)
 
     assert slots.tolist() == [7]
     assert site.rate.tolist() == [2.0, 1.0]
+    assert (site.rate.dtype, site.capacity.dtype, slots.dtype) == (np.float64, np.int64, np.int64)
     assert site.capacity.tolist() == [4, 4]  # half of seven slots, rounded up
     assert site.node.tolist() == [0, 0]
     assert site.home.tolist() == [[0] * 5] * 2
@@ -39,7 +40,8 @@ def test_groups_that_divide_among_nodes_get_a_home_and_nodes_equal_parts() -> No
     assert site.node.tolist() == [1, 0, 1, 0]  # in the order of their names
     assert site.capacity.tolist() == [3, 3, 3, 3]  # half of five, rounded up
     assert site.home.tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]  # 18 to one, then 4, 2 and 2
-    assert site.run == 2
+    assert site.rate.tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert (site.run, type(site.run)) == (2, int)
 
 
 def test_the_faster_node_gets_the_heavier_groups() -> None:
