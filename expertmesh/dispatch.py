@@ -217,7 +217,7 @@ def _divide(
         if late < least:
             least, choice[flexible] = late, drawn
         if late < _EVEN:
-            break
+            return
         odds_PS *= (time_S.mean() / np.maximum(time_S, 1.0)) ** step
 
 

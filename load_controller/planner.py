@@ -72,7 +72,7 @@ class Placement:
 
     def even_loads(self, load: npt.ArrayLike) -> Floats:
         """[L, S]: what each server carries of `load` [L, E] when copies share evenly."""
-        share = np.asarray(load, np.float64) / np.maximum(self.holds.sum(1), 1)
+        share = np.asarray(load) / np.maximum(self.holds.sum(1), 1)
         return np.asarray((self.holds @ share[:, :, None])[:, :, 0])
 
 

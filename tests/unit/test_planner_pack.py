@@ -47,6 +47,7 @@ def test_a_server_carries_its_part_of_each_expert_that_it_holds() -> None:
     holds = np.array([[[1, 1, 0], [0, 1, 0], [0, 1, 0]]], np.bool_)
 
     assert server_loads(np.array([[5, 10, 7]]), holds).tolist() == [[5 + 3, 3, 3]]
+    assert server_loads(np.array([[11, 11, 7]]), holds | ~holds).tolist() == [[3 + 3 + 2] * 3]
     assert sum_shares(np.array([[5, 10, 7]]), holds).tolist() == [[15, 10, 10]]
 
 
@@ -183,31 +184,25 @@ def test_copies_are_packed_as_one_after_the_other(seed: int, started: bool) -> N
         assert (placed == _packed(*one)).all()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(90))
 def test_copies_that_fill_servers_of_unlike_room_are_packed_as_one_after_the_other(
     seed: int,
 ) -> None:
-    """Every slot is used, so that the last copies often find room only where they are already."""
+    """Every slot is used, so that there often is room only where the expert is already."""
     rng = np.random.default_rng(seed)
-    servers, experts = int(rng.integers(2, 5)), int(rng.integers(3, 7))
-    capacity = rng.choice([1, 2, experts], servers)
-    capacity[0] = experts
-    site = Site(
-        rate=rng.choice([1.0, 2.0], servers),
-        capacity=capacity,
-        node=np.zeros(servers, np.int64),
-        home=np.zeros((1, experts), np.int64),
-        run=experts,
-    )
+    servers, experts = int(rng.integers(3, 6)), int(rng.integers(5, 11))
+    capacity = rng.integers(1, experts, servers)
+    capacity[0] += max(0, experts - int(capacity.sum()))
+    rate, none = rng.choice([1.0, 2.0], servers), np.zeros(servers, np.int64)
+    site = Site(rate, capacity, none, np.zeros((1, experts), np.int64), experts)
     units = rng.integers(1, 30, (1, experts))
-    copies = copy_hottest(units, site, capacity.sum(keepdims=True))
+    copies = copy_hottest(units, site, np.minimum(capacity, experts).sum(keepdims=True))
+    holds = rng.random((1, servers, experts)) < 0.5
+    holds &= (holds.cumsum(2) <= capacity[:, None]) & (holds.cumsum(1) <= copies[:, None, :])
 
-    found = pack(units, copies, np.zeros((1, servers, experts), np.bool_), site)
+    found = pack(units, copies, holds, site)
 
-    expected = _packed(
-        units[0], copies[0], np.zeros((servers, experts), np.bool_), site, site.home[0]
-    )
-    assert (found[0] == expected).all()
+    assert (found[0] == _packed(units[0], copies[0], holds[0], site, site.home[0])).all()
 
 
 def test_another_expert_makes_room_where_only_holders_have_some() -> None:
