@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -67,6 +68,11 @@ def _request(value: float, rows: int = 1) -> ForwardRequest:
 
 def _ask(queue: LayerQueue, value: float, rows: int = 1) -> asyncio.Task[Answer]:
     return asyncio.ensure_future(queue.answer(_request(value, rows), Deadline.after(FAR)))
+
+
+def _nothing(rows: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Ids and weights that nobody looks at."""
+    return np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.float32)
 
 
 async def _settle() -> None:
@@ -247,6 +253,34 @@ def test_a_second_batch_starts_beside_one_that_takes_unusually_long() -> None:
     assert sum(sizes) == 6
 
 
+def test_a_third_batch_starts_beside_the_second_as_that_did_beside_the_first() -> None:
+    async def scenario() -> list[int]:
+        shards = Shards()
+        queue = LayerQueue(
+            shards.compute, max_rows=100, max_batches=3, tasks=TaskSet(), overlap_after=1.0
+        )
+        asyncio.get_running_loop().call_later(0.05, shards.proceed.set)
+        await _ask(queue, 0.0)  # what is usual
+        shards.proceed.clear()
+        asks, running = [], []
+        for batch in range(2, 5):
+            asks.append(_ask(queue, float(batch)))
+            await shards.have(batch)
+            running.append(queue.running)
+        shards.proceed.set()
+        await asyncio.gather(*asks)
+        return [*running, queue.running]
+
+    assert asyncio.run(scenario()) == [1, 2, 3, 0]
+
+
+def test_an_answer_counts_the_pairs_of_all_its_rows_that_were_sent_again() -> None:
+    answer = Answer(torch.zeros(2, 1), *_nothing(2), SNAPSHOT, np.array([1, 2]))
+
+    assert answer.retried_pairs == 3
+    assert Answer(torch.zeros(2, 1), *_nothing(2), SNAPSHOT, None).retried_pairs == 0
+
+
 def test_batches_that_end_in_their_usual_time_come_one_after_the_other() -> None:
     async def scenario() -> tuple[list[int], int]:
         most = running = 0
@@ -260,8 +294,7 @@ def test_batches_that_end_in_their_usual_time_come_one_after_the_other() -> None
             await asyncio.sleep(0.02)
             running -= 1
             rows = sum(member.rows for member in members)
-            nothing = np.zeros((rows, 1), np.int32), np.zeros((rows, 1), np.float32)
-            return split(members, Answer(torch.zeros(rows, 2), *nothing, SNAPSHOT, None))
+            return split(members, Answer(torch.zeros(rows, 2), *_nothing(rows), SNAPSHOT, None))
 
         queue = LayerQueue(
             compute, max_rows=100, max_batches=2, tasks=TaskSet(), overlap_after=100.0

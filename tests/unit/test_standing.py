@@ -52,7 +52,7 @@ def test_one_part_at_a_time_tests_whether_a_server_hangs() -> None:
 
     assert standing.may_test(1.0)
     assert not standing.may_test(1.2)
-    assert standing.may_test(1.3), "the replica of the first one is silent too"
+    assert standing.may_test(1.25), "the replica of the first one is silent too"
 
 
 def test_a_server_that_is_silent_altogether_is_left_out_for_any_number_of_rows() -> None:
@@ -99,13 +99,30 @@ def test_a_prompt_answer_brings_a_suspect_back() -> None:
     assert not standing.suspected
 
 
+def test_an_answer_just_in_time_is_prompt_and_an_ordinary_one_is_no_news() -> None:
+    standing = _suspected(at=1.0)
+
+    assert standing.answered(1.5, 1.25, 4, AFTER_S), "0.25 s, and so much patience"
+    assert not standing.answered(2.0, 1.9, 4, AFTER_S)
+
+
+def test_an_answer_to_what_is_small_does_not_bring_back_what_is_large() -> None:
+    standing = _standing()
+    standing.answered(0.9, 0.89, 2, AFTER_S)
+    standing.suspect(1.0, 512, AFTER_S)
+
+    assert not standing.answered(1.2, 1.1, 2, AFTER_S)
+    assert standing.is_suspect(512)
+
+
 def test_a_late_answer_brings_the_next_probe_and_nothing_else() -> None:
     standing = _suspected(at=1.0)
     standing.probe(1.1, AFTER_S)
 
     assert not standing.answered(1.9, 1.1, 4, AFTER_S)
     assert standing.is_suspect(4)
-    assert standing.probe_due(2.0, 4), "sooner than the probe would have been given up"
+    assert not standing.probe_due(1.94, 4)
+    assert standing.probe_due(1.96, 4), "sooner than the probe would have been given up"
 
 
 def test_who_hangs_over_and_over_is_left_alone_for_longer_each_time_up_to_a_bound() -> None:
@@ -140,6 +157,20 @@ def test_patience_follows_a_server_that_has_become_slower() -> None:
         standing.answered(answer + 1.0, answer, 4, AFTER_S)
 
     assert standing.patience_s(4, 0.0) > 3.5
+
+
+def test_what_is_usual_follows_an_answer_by_a_fifth() -> None:
+    standing = _standing(usual_s=0.25)
+
+    standing.answered(10.0, 9.5, 4, AFTER_S)
+
+    assert standing.patience_s(4, 0.0) == pytest.approx(4 * (0.25 + (0.5 - 0.25) / 5))
+
+
+def test_a_size_takes_its_pairs_at_the_measured_speed_or_two_milliseconds_a_row() -> None:
+    assert expected_s(1, 4, 0, pairs_per_s=0.5) == 8.0
+    assert expected_s(10, 80, 0, pairs_per_s=0.0) == 0.02
+    assert expected_s(10, 80, 50_000_000, pairs_per_s=80.0) == 2.0  # a second there and back
 
 
 def test_an_unknown_size_has_as_long_as_the_servers_measured_speed_makes_likely() -> None:
