@@ -30,7 +30,7 @@ def spread(units: Ints, holds: Bools, site: Site) -> Floats:
         return amount
     load = amount.sum(2)
     several = np.argsort(np.where(copies > 1, -units, 1), axis=1, kind="stable")
-    several = several[:, : int((copies > 1).sum(1).max(initial=0))]  # [L, k], heaviest first
+    several = several[:, : int((copies > 1).sum(1).max())]  # [L, k], heaviest first
     # A layer with fewer such experts pours some with one copy or none, which changes nothing.
     holders = [_holders(holds, expert) for expert in several.T]
     every = np.arange(len(units))

@@ -168,6 +168,18 @@ def test_a_suspect_is_asked_only_for_what_nobody_else_holds_and_for_as_few_rows_
     assert small == before
 
 
+def test_without_a_number_it_is_about_one_row_and_without_servers_about_nobody() -> None:
+    async def scenario(pool: ExpertPool) -> tuple[list[list[int]], list[list[int]]]:
+        link = _link(pool, "a")
+        link.answered(time.monotonic(), 1, 60.0)
+        link.suspect(2, 60.0)
+        nobody = SlotMap(2, (), {LAYER: np.zeros((0, 2), np.bool_)})
+        holds = pool.holders(_slots("11", "01"), LAYER).holds_ES.T.astype(int).tolist()
+        return holds, pool.holders(nobody, LAYER).count_E.tolist()
+
+    assert _in_a_pool("ab", scenario) == ([[1, 1], [0, 1]], [0, 0])
+
+
 def test_a_lost_server_is_asked_only_for_what_nobody_else_holds() -> None:
     async def scenario(pool: ExpertPool) -> tuple[list[list[int]], list[frozenset[str]]]:
         nobody = pool.left_out(1)

@@ -43,7 +43,7 @@ def test_small_answers_say_nothing_of_large_requests() -> None:
 
     assert standing.silent_at(10.0, 2, AFTER_S) == pytest.approx(10.45)
     assert standing.silent_at(10.0, 512, AFTER_S) == pytest.approx(10.25)
-    assert standing.answered_since(10.0, 1)
+    assert standing.answered_since(10.2, 1)
     assert not standing.answered_since(10.0, 512)
 
 
@@ -141,6 +141,19 @@ def test_who_hangs_over_and_over_is_left_alone_for_longer_each_time_up_to_a_boun
     now += 60.0
     standing.suspect(now, 4, AFTER_S)
     assert standing.probe_due(now + 0.1, 4), "a minute later it starts anew"
+
+
+@pytest.mark.parametrize(("trusted_s", "pause_s"), [(10.0, 0.1), (10.1, 0.05)])
+def test_who_falls_silent_within_ten_seconds_is_left_alone_twice_as_long(
+    trusted_s: float, pause_s: float
+) -> None:
+    standing = _suspected(at=1.0)
+    standing.answered(2.0, 1.9, 4, AFTER_S)  # trusted again
+
+    standing.suspect(2.0 + trusted_s, 4, AFTER_S)
+
+    assert not standing.probe_due(2.0 + trusted_s + 0.9 * pause_s, 4)
+    assert standing.probe_due(2.0 + trusted_s + 1.1 * pause_s, 4)
 
 
 def test_a_hang_does_not_count_as_what_is_usual() -> None:
