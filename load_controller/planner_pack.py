@@ -141,7 +141,7 @@ def _queue(share: Ints, need: Ints) -> Ints:
     """[L, n]: each layer's wanted copies, heaviest first; -1 where it has fewer than n."""
     need = np.maximum(need, 0)
     order = np.argsort(-share, axis=1, kind="stable")
-    length = int(need.sum(1).max(initial=0))
+    length = int(need.sum(1).max())
     queue = np.full((len(need), length), -1)
     for layer, experts in enumerate(order):
         items = np.repeat(experts, need[layer, experts])

@@ -41,6 +41,26 @@ def test_an_expert_with_one_holder_is_asked_there() -> None:
     assert unplaced is None
 
 
+@pytest.mark.parametrize(("rows", "listed"), [(10, False), (9, False), (8, True)])
+def test_a_server_that_most_rows_visit_is_sent_every_row(rows: int, listed: bool) -> None:
+    ids = np.array([[0]] * rows + [[1]] * (10 - rows), np.int32)
+
+    part = dispatch.plan(ids, _holders([[1, 0], [0, 1]]))[0][0]
+
+    assert (part.rows is not None) is listed
+    assert part.pairs == rows
+    table = part.ids_among(10)
+    assert table.dtype == np.int32
+    assert table.tolist() == [[0]] * rows + [[-1]] * (10 - rows)
+
+
+def test_a_row_without_experts_is_asked_of_nobody() -> None:
+    parts, unplaced = dispatch.plan(np.zeros((1, 0), np.int32), _holders([[1], [1]]))
+
+    assert parts == []
+    assert unplaced is None
+
+
 def test_an_expert_without_a_holder_is_reported_and_not_asked_for() -> None:
     holders = _holders([[1, 0, 0], [0, 1, 0]])
     ids = np.array([[0, 2], [1, 0]], np.int32)

@@ -192,8 +192,9 @@ def test_no_tokens_give_no_rows() -> None:
     assert ids.shape == weights.shape == (0, 8)
 
 
-def test_every_expert_can_be_chosen() -> None:
-    assert chosen(torch.randn(3, 4), replace(SOFTMAX, top_k=4)) == [[0, 1, 2, 3]] * 3
+@pytest.mark.parametrize("rows", [3, 300], ids=["few rows", "many rows"])
+def test_every_expert_can_be_chosen(rows: int) -> None:
+    assert chosen(torch.randn(rows, 4), replace(SOFTMAX, top_k=4)) == [[0, 1, 2, 3]] * rows
 
 
 def test_a_row_is_routed_alike_alone_and_in_a_batch() -> None:

@@ -55,6 +55,7 @@ def test_sums_of_a_layers_units_are_exact() -> None:
     units, holds = np.array([[UNITS - 1, 1, 1]]), np.ones((1, 1, 3), np.bool_)
 
     assert sum_shares(units, holds).tolist() == [[UNITS + 1]]
+    assert sum_shares(units, holds).dtype == np.int64
 
 
 def test_the_home_of_an_expert_is_the_only_node_that_may_hold_it() -> None:
