@@ -15,7 +15,7 @@ PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: test demo lint proto bench check-sm90 clean
+.PHONY: test demo lint proto bench mutants check-sm90 clean
 
 test: lint .proto-venv/installed
 	@$(BIN)/python -m pytest
@@ -34,6 +34,11 @@ proto: .proto-venv/installed
 bench: .venv/installed
 	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit; done
 
+# Changes the deciding modules in one small way at a time and runs the tests beside them. No part of
+# `make test`: it takes about an hour. Some of them only: make mutants GROUPS="gate dispatch".
+mutants: .venv/mutants
+	@nice $(BIN)/python scripts/mutants.py $(GROUPS)
+
 # Compiles the Triton kernels for an H100 or H200; needs no GPU.
 check-sm90: .venv/installed
 	@$(BIN)/python scripts/check_sm90.py --report benchmarks/results
@@ -49,6 +54,10 @@ clean:
 	$(call make_venv,.venv)
 	@$(BIN)/python $(PIP_INSTALL) $(call pin,torch) $(call pin,setuptools)
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[hf,dev,bench]'
+	@touch $@
+
+.venv/mutants: .venv/installed
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[mutants]'
 	@touch $@
 
 .proto-venv/installed: Makefile

@@ -12,6 +12,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"  # every checkpoint is a local directory
 _SESSION = os.environ["EXPERTMESH_TEST_SESSION"] = uuid.uuid4().hex
 
+import hypothesis
 import psutil
 import pytest
 import torch
@@ -26,6 +27,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(2)  # sums in the same order on every machine, and cores left for the servers
+
+# For `make mutants`: the same examples every time, and none made smaller, which nobody reads there.
+hypothesis.settings.register_profile(
+    "mutants",
+    database=None,
+    deadline=None,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
 
 _EXIT_S = 10.0  # how long a process that was told to stop may take
 # Python's own helper of shared memory and spawn lives as long as the process that needed it.
