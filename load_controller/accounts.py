@@ -68,7 +68,7 @@ class Accounts:
     def take_shares(self, request: pb.ReportAssignmentsRequest) -> dict[int, Share]:
         """What a report that is not an old one adds to the sampled picks, by layer."""
         totals = {
-            sample.layer: np.array([sample.changed_picks, sample.sampled_picks], np.int64)
+            sample.layer: np.array([sample.changed_picks, sample.sampled_picks])
             for sample in request.samples
         }
         news = self._shares.take(_report(request, totals)) or {}

@@ -36,7 +36,12 @@ PACKAGES = ("expertmesh", "router_service", "expert_service", "load_controller",
 NOTICED = ("killed", "timeout", "segfault")
 
 #: unraisableexception collects garbage again and again, which is half of a short run's time.
-PYTEST = ["-pno:cacheprovider", "-pno:unraisableexception", "--hypothesis-profile=mutants"]
+PYTEST = [
+    "-pno:cacheprovider",
+    "-pno:unraisableexception",
+    "--hypothesis-profile=mutants",
+    "--timeout=60",  # one that waits for ever uses no processor
+]
 
 #: Ends a mutant that does not end by itself, after so long on a processor in one test. mutmut has
 #: limits on the clock, of which a busy machine needs any amount, so those are set far off.

@@ -133,6 +133,28 @@ def test_the_search_takes_the_best_swap_of_the_fullest_server_as_long_as_one_hel
     assert (cost.of(found, task.units, task.site) <= cost.of(holds, task.units, task.site)).all()
 
 
+@pytest.mark.parametrize("price", [0.0, 0.02])
+@pytest.mark.parametrize("room", [0, 9], ids=["full", "crowded"])
+@pytest.mark.parametrize("seed", range(30))
+def test_a_search_from_crowded_servers_goes_the_same_way(
+    seed: int, room: int, price: float
+) -> None:
+    """The first two servers have it all, so that most steps go to empty places of the others."""
+    rng = np.random.default_rng(seed)
+    servers, experts = int(rng.integers(3, 7)), int(rng.integers(8, 15))
+    first = rng.integers(0, 2, experts)
+    holds = np.zeros((1, servers, experts), np.bool_)
+    holds[0, first, np.arange(experts)] = True
+    capacity = [*np.maximum(holds[0, :2].sum(1), 1) + room, *rng.integers(2, 6, servers - 2)]
+    site = _site(rng.choice([1.0, 1.0, 2.0], servers).tolist(), capacity, experts)
+    start = rng.random(holds.shape) < 0.4
+    units = rng.integers(1, 40, (1, experts))
+
+    found = improve(units, holds, site, Cost(start, price))
+
+    assert (found[0] == _searched(units[0], holds[0], site, start[0], price)).all()
+
+
 def test_the_fullest_server_tries_the_16_least_loaded_and_no_others() -> None:
     """Nineteen servers with one expert each. Only what the 17th lightest has would even out the
     fullest, whose 90 and 30 nobody lighter can take without becoming as full."""
