@@ -69,14 +69,17 @@ def test_renormalised_weights_add_up_to_the_scale() -> None:
     torch.testing.assert_close(weights, torch.tensor([[2.0, 1.0]]))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("rows", [1, 300], ids=["few rows", "many rows"])
-def test_weights_are_divided_by_their_sum_and_the_familys_epsilon_then_scaled(rows: int) -> None:
-    spec = replace(SIGMOID, renormalize=True, renormalize_eps=0.5, scale=3.0)
+def test_weights_are_divided_by_their_sum_and_the_familys_epsilon_then_scaled(
+    rows: int, scale: float
+) -> None:
+    spec = replace(SIGMOID, renormalize=True, renormalize_eps=0.5, scale=scale)
 
     routing = select(torch.zeros(rows, 4), spec)
 
-    # Two scores of 0.5: each 0.5 / (1 + 0.5), three times.
-    assert routing.weights.tolist() == [[pytest.approx(1.0)] * 2] * rows
+    # Two scores of 0.5: each 0.5 / (1 + 0.5).
+    assert routing.weights.tolist() == [[pytest.approx(scale / 3)] * 2] * rows
     assert routing.weights.dtype == torch.float32
     assert routing.expert_ids.dtype == torch.int32
 
