@@ -162,8 +162,9 @@ def _plan(
 def _weights(units: Ints, holds: Bools, site: Site) -> Floats:
     """[L, S, E]: the part of an expert's rows that each copy gets."""
     amount = spread(np.maximum(units, 1), holds, site)
-    # An expert that nobody holds has no amount to divide.
-    return np.asarray(amount / np.maximum(amount.sum(1, keepdims=True), 1.0))
+    # About the expert's units, if a little less; 0 where nobody holds it.
+    total = amount.sum(1, keepdims=True)
+    return np.asarray(amount / np.where(total > 0, total, 1.0))
 
 
 def _moves(names: tuple[str, ...], before: Bools, after: Bools) -> tuple[Move, ...]:
@@ -171,9 +172,11 @@ def _moves(names: tuple[str, ...], before: Bools, after: Bools) -> tuple[Move, .
     moves: list[Move] = []
     action: Literal["load", "drop"]
     for action, changed in (("load", after & ~before), ("drop", before & ~after)):
+        # Three flat lists: a list of each place would be thousands for the garbage collector.
+        places = (axis.tolist() for axis in changed.nonzero())
         moves += [
             Move(action, layer, expert, names[server])
-            for layer, server, expert in np.argwhere(changed).tolist()
+            for layer, server, expert in zip(*places, strict=True)
         ]
     return tuple(moves)
 

@@ -67,7 +67,7 @@ _BORDERS = (
     *(_ROUTER.inline_rows, _ROUTER.small_rows, _ROUTER.max_batch_rows),
     *(_EXPERT.merge_rows, _EXPERT.block_rows),
     gating._FEW_SCORES // E,
-    256,  # gating._two_highest
+    gating._MANY_ROWS,
     *(dispatch._LARGE_PAIRS // K, dispatch._COMBINE_ROWS),
     *(counts._FEW_PAIRS // K, shard._FEW_PAIRS // K, shard._FEW_CHECKED // K),
     *(avx512_gate._FEW_ROWS, 2 * avx512_gate._THREAD_ROWS),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from expertmesh.errors import InvalidRequestError
@@ -54,15 +56,27 @@ def _loads(accounts: Accounts) -> list[tuple[int, list[int], list[int], int, int
     ]  # fmt: skip
 
 
+def _take(
+    accounts: Accounts, request: pb.ReportAssignmentsRequest
+) -> dict[int, npt.NDArray[np.int64]] | None:
+    """Reads a report, keeps it and counts it, as the controller does; what it adds."""
+    news = accounts.read_assignments(request)
+    if news is None:
+        return None
+    accounts.save(news)
+    accounts.add(news)
+    return news.assignments
+
+
 @pytest.fixture(params=["running", "restarted"])
 def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Accounts:
     """Two routers' reports in two layers, and a server's; by who took them, and by who read them
     from the file."""
     store = Store(tmp_path / "state.sqlite")
     accounts = Accounts(store)
-    accounts.take_assignments(_report({LAYER: ([3, 1], [0, 0], 0)}))
-    accounts.take_assignments(_report({LAYER: ([5, 1], [2, 4], 7), 1: ([1, 1, 2], [], 0)}, 2))
-    accounts.take_assignments(_report({LAYER: ([1, 1], [0, 1], 3)}, source="r1"))
+    _take(accounts, _report({LAYER: ([3, 1], [0, 0], 0)}))
+    _take(accounts, _report({LAYER: ([5, 1], [2, 4], 7), 1: ([1, 1, 2], [], 0)}, 2))
+    _take(accounts, _report({LAYER: ([1, 1], [0, 1], 3)}, source="r1"))
     accounts.take_executions(_executions({LAYER: [10, 11], 1: [1, 1, 2]}))
     return accounts if request.param == "running" else Accounts(store)
 
@@ -96,13 +110,13 @@ def test_executions_are_a_count_of_their_own(filled: Accounts) -> None:
 def test_a_report_brings_its_assignments_by_the_routers_gate_as_news() -> None:
     accounts = Accounts(Store(":memory:"))
 
-    first = accounts.take_assignments(_report({LAYER: ([3, 1], [9, 9], 5)}))
-    second = accounts.take_assignments(_report({LAYER: ([4, 3], [9, 9], 6)}, sequence=2))
+    first = _take(accounts, _report({LAYER: ([3, 1], [9, 9], 5)}))
+    second = _take(accounts, _report({LAYER: ([4, 3], [9, 9], 6)}, sequence=2))
 
     assert first is not None
     assert second is not None
     assert (first[LAYER].tolist(), second[LAYER].tolist()) == ([3, 1], [1, 2])
-    accounts.take_assignments(_report({1: ([1, 1], [0, 0], 0)}, sequence=3))
+    _take(accounts, _report({1: ([1, 1], [0, 0], 0)}, sequence=3))
     assert accounts.top_k == {1: 2, LAYER: 2}
     assert [load[4] for load in _loads(accounts)] == [2, 2]
 
@@ -111,11 +125,11 @@ def test_reports_are_counted_by_kind_and_by_whether_they_brought_news() -> None:
     accounts = Accounts(Store(":memory:"))
 
     for sequence in (1, 2, 2):
-        accounts.take_assignments(_report({LAYER: ([1, 1], [0, 0], 0)}, sequence))
+        _take(accounts, _report({LAYER: ([1, 1], [0, 0], 0)}, sequence))
     for sequence in (1, 1, 1):
         accounts.take_executions(_executions({LAYER: [1, 1]}, sequence))
 
-    assert accounts.take_assignments(_report({LAYER: ([1, 1], [0, 0], 0)}, 2)) is None
+    assert _take(accounts, _report({LAYER: ([1, 1], [0, 0], 0)}, 2)) is None
     assert accounts.reports_taken == {"router": 2, "executions": 1}
     assert accounts.reports_dropped == {"router": 2, "executions": 2}
 
@@ -124,7 +138,7 @@ def test_two_runs_of_one_router_are_two_sources() -> None:
     accounts = Accounts(Store(":memory:"))
 
     for incarnation in ("i", "j"):
-        accounts.take_assignments(_report({LAYER: ([1, 2], [0, 0], 0)}, incarnation=incarnation))
+        _take(accounts, _report({LAYER: ([1, 2], [0, 0], 0)}, incarnation=incarnation))
 
     assert _loads(accounts) == [(LAYER, [2, 4], [0, 0], 0, 2)]
 
@@ -133,7 +147,7 @@ def test_counts_of_two_lengths_in_one_layer_are_refused_whole() -> None:
     accounts = Accounts(Store(":memory:"))
 
     with pytest.raises(InvalidRequestError, match="layer 2 has 2 counts and 3 caller") as refused:
-        accounts.take_assignments(_report({1: ([1], [0], 0), LAYER: ([1, 1], [0, 0, 0], 0)}))
+        _take(accounts, _report({1: ([1], [0], 0), LAYER: ([1, 1], [0, 0, 0], 0)}))
 
     assert refused.value.field == "layers"
     assert _loads(accounts) == []
@@ -158,10 +172,10 @@ def test_changed_picks_are_news_against_the_report_before_and_an_old_one_brings_
 
 def test_a_layers_top_k_is_unknown_after_a_restart_until_it_is_told_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "state.sqlite")
-    Accounts(store).take_assignments(_report({LAYER: ([1, 1], [0, 0], 0)}))
+    _take(Accounts(store), _report({LAYER: ([1, 1], [0, 0], 0)}))
 
     accounts = Accounts(store)
     unknown = _loads(accounts)[0][4]
-    accounts.take_assignments(_report({LAYER: ([1, 1], [0, 0], 0)}, sequence=2))
+    _take(accounts, _report({LAYER: ([1, 1], [0, 0], 0)}, sequence=2))
 
     assert (unknown, _loads(accounts)[0][4]) == (0, 2)

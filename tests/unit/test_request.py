@@ -10,7 +10,7 @@ import torch
 import expertmesh
 from expertmesh.errors import ConfigError, InvalidRequestError
 from expertmesh.request import deadline_after, make_request
-from expertmesh.rpc import loop
+from expertmesh.rpc import forks, loop
 
 HIDDEN = torch.ones(2, 4)
 
@@ -84,7 +84,7 @@ def test_an_address_that_is_none_is_refused(address: Any) -> None:
 
 def test_a_forked_process_is_told_to_be_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
     loop.shared_loop()
-    monkeypatch.setattr(loop, "_pid", -1)
+    monkeypatch.setattr(forks, "_pid", -1)
 
     with pytest.raises(ConfigError, match="spawn"):
         loop.shared_loop()

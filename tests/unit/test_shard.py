@@ -218,6 +218,7 @@ def test_weights_of_another_shape_are_refused(shard: ExpertShard) -> None:
 _LOAD_A_SHARD = """
     import json, sys, torch
     from expert_service.kernels import create_backend
+    from expert_service.kernels.onednn_cpu import compute_dtype
     from expert_service.shard import ExpertShard
     from expertmesh.model import ExpertWeights, LayerSpec, ModelSpec, Slot
 
@@ -245,7 +246,8 @@ _LOAD_A_SHARD = """
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM starts anew
     base = status("VmHWM:")
     shard = load(list(layer.slots()))
-    packed = experts * 3 * hidden * width * 2
+    # float32 where the CPU has no instructions for bfloat16: the shard is twice as large there.
+    packed = experts * 3 * hidden * width * compute_dtype(torch.bfloat16).itemsize
     print(json.dumps({"peak": (status("VmHWM:") - base) / packed,
                       "held": (status("RssAnon:") - before) / packed}))
 """
