@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -22,6 +22,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import expertmesh
+from expert_service.kernels.onednn_cpu import compute_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.placement import initial_parts
 from tests.checkpoints import make_checkpoint
@@ -32,7 +33,7 @@ HIDDEN = 512
 SHARDS = 2
 # Many experts, then few large ones, 400 MB each: beside a shard of 200 MB, the 13 MB of primitives
 # that oneDNN builds for each shape of expert stay small.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16, "n_routed_experts": 256, "moe_intermediate_size": 512},
     "fp32": {"dtype": torch.float32, "n_routed_experts": 32, "moe_intermediate_size": 2048},
     "small": {"dtype": torch.bfloat16, "n_routed_experts": 64, "moe_intermediate_size": 768},
@@ -152,7 +153,8 @@ class WatchedServer:
 class Loading:
     """What it took to load a shard, compared with an empty server."""
 
-    shard_bytes: int
+    shard_bytes: int  # in the checkpoint
+    packed_bytes: int  # as this CPU computes: float32 where it has no instructions for bfloat16
     peak_bytes: int
     idle_bytes: int
     read_bytes: int
@@ -169,8 +171,11 @@ def loading(request: pytest.FixtureRequest, saved: dict[str, Saved]) -> Loading:
         empty.wait_ready()
         loaded.wait_ready()
         base_bytes, idle_bytes = _anonymous_bytes(empty.pid), _anonymous_bytes(loaded.pid)
+        stored: torch.dtype = SIZES[request.param]["dtype"]
+        wider = compute_dtype(stored).itemsize // stored.itemsize
         return Loading(
             checkpoint.part_bytes[1],
+            wider * checkpoint.part_bytes[1],
             max(loaded.peak_bytes, idle_bytes) - base_bytes,
             idle_bytes - base_bytes,
             _read_bytes(loaded.pid) - _read_bytes(empty.pid),
@@ -178,8 +183,8 @@ def loading(request: pytest.FixtureRequest, saved: dict[str, Saved]) -> Loading:
 
 
 def test_loading_peaks_at_little_more_than_the_packed_shard(loading: Loading) -> None:
-    assert loading.idle_bytes >= 0.95 * loading.shard_bytes, "the shard is held in memory"
-    assert loading.peak_bytes <= 1.3 * loading.shard_bytes
+    assert loading.idle_bytes >= 0.95 * loading.packed_bytes, "the shard is held in memory"
+    assert loading.peak_bytes <= 1.3 * loading.packed_bytes
 
 
 def test_a_server_reads_only_the_bytes_of_its_slots(loading: Loading) -> None:
