@@ -272,6 +272,15 @@ def test_serve_status_and_down_work_together(
     assert again_code == 1
 
 
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP as a terminal's programs have it, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangups")
 def test_a_terminal_that_is_closed_ends_the_cluster_and_its_note(
     checkpoint: tuple[Path, torch.nn.Module], tmp_path: Path
 ) -> None:
