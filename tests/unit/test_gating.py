@@ -112,6 +112,7 @@ def test_a_choice_is_also_told_as_a_mask_and_compared_with_another() -> None:
     own, biased = choice_mask(scores_TE, SIGMOID), choice_mask(scores_TE, SIGMOID, bias_E)
     ids_TK = choose(scores_TE, SIGMOID, bias_E)
 
+    assert own.dtype == torch.bool
     assert own.tolist() == [[True, True, False, False], [False, False, True, True]]
     assert biased.int().tolist() == [[1, 0, 0, 1], [0, 0, 1, 1]]
     assert ids_TK.sort(1).values.tolist() == [[0, 3], [2, 3]]
@@ -154,10 +155,14 @@ def test_an_expert_of_a_dropped_group_does_not_beat_a_negative_biased_score() ->
 
 
 @pytest.mark.parametrize("num_tokens", [1, 300], ids=["few rows", "many rows"])
-def test_ties_at_the_boundary_go_to_the_lower_expert_and_the_lower_group(num_tokens: int) -> None:
+@pytest.mark.parametrize("experts", [16, 256])
+def test_ties_at_the_boundary_go_to_the_lower_expert_and_the_lower_group(
+    experts: int, num_tokens: int
+) -> None:
+    """Of many experts a sort that need not be stable is not."""
     spec = replace(GROUPED, n_group=4, topk_group=2, top_k=3)
 
-    found = chosen(torch.zeros(num_tokens, 16), spec)
+    found = chosen(torch.zeros(num_tokens, experts), spec)
 
     assert found == [[0, 1, 2]] * num_tokens
 
@@ -198,6 +203,13 @@ def test_no_tokens_give_no_rows() -> None:
 @pytest.mark.parametrize("rows", [3, 300], ids=["few rows", "many rows"])
 def test_every_expert_can_be_chosen(rows: int) -> None:
     assert chosen(torch.randn(rows, 4), replace(SOFTMAX, top_k=4)) == [[0, 1, 2, 3]] * rows
+
+
+def test_few_rows_on_another_device_are_routed_there() -> None:
+    routing = select(torch.zeros(2, 4, device="meta"), replace(SIGMOID, top_k=4))
+
+    assert [each.device.type for each in routing] == ["meta", "meta"]
+    assert [each.shape for each in routing] == [(2, 4), (2, 4)]
 
 
 def test_a_row_is_routed_alike_alone_and_in_a_batch() -> None:

@@ -155,6 +155,16 @@ def test_a_search_from_crowded_servers_goes_the_same_way(
     assert (found[0] == _searched(units[0], holds[0], site, start[0], price)).all()
 
 
+def test_a_copy_that_goes_to_an_empty_place_is_one_slot_to_load() -> None:
+    """From 9 and 1 to 6 and 4: 0.6 less MaxVio, which is worth one slot to load, but not two."""
+    site = _site([1.0, 1.0], [3, 2], 4)
+    start = np.array([[[1, 1, 1, 0], [0, 0, 0, 1]]], np.bool_)
+
+    found = improve(np.array([[3, 3, 3, 1]]), start, site, Cost(start, 0.4))
+
+    assert found.astype(int).tolist() == [[[0, 1, 1, 0], [1, 0, 0, 1]]]
+
+
 def test_the_fullest_server_tries_the_16_least_loaded_and_no_others() -> None:
     """Nineteen servers with one expert each. Only what the 17th lightest has would even out the
     fullest, whose 90 and 30 nobody lighter can take without becoming as full."""
