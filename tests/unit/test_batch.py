@@ -212,6 +212,61 @@ def test_a_failed_batch_tells_each_member_all_that_the_error_said() -> None:
     assert [vars(error) for error in merged] == [vars(failure)] * 2
 
 
+def test_a_bug_in_a_batch_reaches_every_member_that_still_waits() -> None:
+    bug = ZeroDivisionError("a bug")
+
+    async def scenario() -> list[object]:
+        going = asyncio.Event()
+
+        async def compute(members: list[Member], _: Deadline) -> list[Answer]:
+            await going.wait()
+            raise bug
+
+        queue = LayerQueue(compute, max_rows=100, max_batches=1, tasks=TaskSet())
+        first = _ask(queue, 0.0)
+        await _settle()
+        merged = [_ask(queue, float(i)) for i in range(3)]
+        await _settle()
+        first.cancel()  # the others leave together
+        await _settle()
+        merged[1].cancel()
+        await _settle()
+        going.set()
+        return list(await asyncio.gather(*merged, return_exceptions=True))
+
+    told = asyncio.run(scenario())
+
+    assert [told[0], told[2]] == [bug, bug]
+    assert isinstance(told[1], asyncio.CancelledError)
+
+
+def test_each_member_gets_its_own_rows_of_all_that_a_batch_answers() -> None:
+    members = [Member(_request(0.0, rows), Deadline.after(FAR)) for rows in (1, 2)]
+    rows = np.arange(3, dtype=np.int32)[:, None]
+    whole = Answer(
+        torch.tensor([[0.0], [1.0], [2.0]]),
+        10 + rows,
+        (rows / 2).astype(np.float32),
+        SNAPSHOT,
+        np.array([7, 8, 9]),
+    )
+
+    first, second = split(members, whole)
+
+    assert first.hidden_states.tolist() == [[0.0]]
+    assert second.hidden_states.tolist() == [[1.0], [2.0]]
+    assert [first.expert_ids.tolist(), second.expert_ids.tolist()] == [[[10]], [[11], [12]]]
+    assert [first.expert_weights.tolist(), second.expert_weights.tolist()] == [
+        [[0.0]],
+        [[0.5], [1.0]],
+    ]
+    assert first.snapshot is second.snapshot is SNAPSHOT
+    assert first.retried_T is not None
+    assert second.retried_T is not None
+    assert [first.retried_T.tolist(), second.retried_T.tolist()] == [[7], [8, 9]]
+    assert split(members[1:], second) == [second]
+
+
 @pytest.mark.parametrize("max_batches", [1, 3])
 def test_no_more_batches_run_at_once_than_allowed(max_batches: int) -> None:
     async def scenario() -> int:
