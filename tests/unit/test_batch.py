@@ -112,22 +112,22 @@ def test_waiting_requests_are_merged_up_to_the_row_limit() -> None:
 
 
 def test_a_batch_has_the_deadline_of_its_latest_member() -> None:
-    async def scenario() -> tuple[float, list[Deadline]]:
+    async def scenario() -> tuple[list[Deadline], list[Deadline]]:
         shards = Shards()
         queue = LayerQueue(shards.compute, max_rows=100, max_batches=1, tasks=TaskSet())
-        late = Deadline.after(2 * FAR)
-        first = _ask(queue, 0.0)
+        alone, late = Deadline.after(FAR), Deadline.after(2 * FAR)
+        first = asyncio.ensure_future(queue.answer(_request(0.0), alone))
         await _settle()
         second = asyncio.ensure_future(queue.answer(_request(1.0), Deadline.after(FAR)))
         third = asyncio.ensure_future(queue.answer(_request(2.0), late))
         await _settle()
         shards.proceed.set()
         await asyncio.gather(first, second, third)
-        return late.at, shards.deadlines
+        return [alone, late], shards.deadlines
 
-    late_at, deadlines = asyncio.run(scenario())
+    expected, deadlines = asyncio.run(scenario())
 
-    assert deadlines[1].at == late_at
+    assert [deadline.at for deadline in deadlines] == [deadline.at for deadline in expected]
 
 
 def test_a_batch_goes_on_for_who_is_left_and_stops_when_nobody_is() -> None:
