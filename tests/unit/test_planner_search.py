@@ -180,27 +180,45 @@ def test_the_fullest_server_tries_the_16_least_loaded_and_no_others() -> None:
     assert loads.max() < 120
 
 
+def _renamed(holds: Bools, current: Bools, site: Site) -> Bools:
+    """One layer with servers renamed: those that share most first, then who is left in order."""
+    servers = range(len(holds))
+    key = [(site.node[s], site.rate[s], site.capacity[s]) for s in servers]
+    common = (holds.astype(int) @ current.astype(int).T).tolist()
+    pairs = [(n, o) for n in servers for o in servers if key[n] == key[o] and common[n][o]]
+    name: dict[int, int] = {}
+    for n, o in sorted(pairs, key=lambda pair: -common[pair[0]][pair[1]]):
+        if n not in name and o not in name.values():
+            name[n] = o
+    for n in servers:
+        if n not in name:
+            free = [o for o in servers if key[o] == key[n] and o not in name.values()]
+            name[n] = free[0]
+    return np.array([holds[n] for o in servers for n in servers if name[n] == o])
+
+
+@pytest.mark.parametrize("alike", [True, False], ids=["most alike", "few alike"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_servers_that_are_alike_are_renamed_so_that_most_experts_stay(seed: int) -> None:
+def test_servers_that_are_alike_are_renamed_so_that_most_experts_stay(
+    seed: int, alike: bool
+) -> None:
     rng = np.random.default_rng(seed)
     task = drawn(rng)
     site, shape = task.site, task.empty.shape
-    holds, current = rng.random(shape) < 0.5, rng.random(shape) < 0.5
+    if alike:
+        servers = int(rng.integers(3, 8))
+        site, shape = _site([*[1.0] * servers, 2.0], [3] * (servers + 1), 5), (2, servers + 1, 5)
+    holds, current = rng.random(shape) < 0.4, rng.random(shape) < 0.4
 
     found = match_servers(holds, current, site)
 
-    servers = range(shape[1])
-    key = [(site.node[s], site.rate[s], site.capacity[s]) for s in servers]
     for layer in range(shape[0]):
-        common = (holds[layer].astype(int) @ current[layer].astype(int).T).tolist()
-        pairs = [(n, o) for n in servers for o in servers if key[n] == key[o] and common[n][o]]
-        name: dict[int, int] = {}
-        for n, o in sorted(pairs, key=lambda pair: -common[pair[0]][pair[1]]):
-            if n not in name and o not in name.values():
-                name[n] = o
-        for n in servers:
-            if n not in name:
-                free = [o for o in servers if key[o] == key[n] and o not in name.values()]
-                name[n] = free[0]
-        for n in servers:
-            assert (found[layer, name[n]] == holds[layer, n]).all()
+        assert (found[layer] == _renamed(holds[layer], current[layer], site)).all()
+
+
+def test_of_many_servers_that_share_as_much_the_first_keep_their_names() -> None:
+    """One has what each of them had: an order of equals that is any order would mix them up."""
+    site = _site([1.0] * 24, [24] * 24, 24)
+    holds, current = np.eye(24, dtype=np.bool_)[None], np.ones((1, 24, 24), np.bool_)
+
+    assert (match_servers(holds, current, site) == holds).all()
