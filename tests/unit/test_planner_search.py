@@ -165,6 +165,14 @@ def test_a_copy_that_goes_to_an_empty_place_is_one_slot_to_load() -> None:
     assert found.astype(int).tolist() == [[[0, 1, 1, 0], [1, 0, 0, 1]]]
 
 
+def test_a_layer_without_load_is_left_as_it_is() -> None:
+    holds = np.array([[[1, 1, 0], [0, 0, 1]]], np.bool_)
+
+    found = improve(np.zeros((1, 3), np.int64), holds, _site([1.0] * 2, [2, 2], 3), Cost(holds, 0))
+
+    assert (found == holds).all()
+
+
 def test_the_fullest_server_tries_the_16_least_loaded_and_no_others() -> None:
     """Nineteen servers with one expert each. Only what the 17th lightest has would even out the
     fullest, whose 90 and 30 nobody lighter can take without becoming as full."""
