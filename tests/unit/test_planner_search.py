@@ -29,6 +29,7 @@ def test_violation_is_the_excess_of_the_slowest_server_over_an_even_time() -> No
 
     assert violation(loads, np.ones(3)).tolist() == pytest.approx([0.5, 1.5, 0.0])
     assert violation(loads, np.array([1.0, 1.0, 4.0])).tolist() == pytest.approx([2.0, 0.25, 0.0])
+    assert violation(np.array([[0.25, 0.5]]), np.ones(2)).tolist() == pytest.approx([1 / 3])
 
 
 def test_a_placement_costs_its_unevenness_and_a_price_for_each_slot_to_load() -> None:
