@@ -21,6 +21,7 @@ from expertmesh.config import RouterConfig
 from expertmesh.errors import ConfigError, InternalError, InvalidRequestError
 from expertmesh.huggingface import attach, load_without_experts
 from expertmesh.rpc import loop
+from expertmesh.rpc.channel import open_channel
 from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.stream import FrameStream
 from tests.checkpoints import make_checkpoint
@@ -198,7 +199,7 @@ def test_an_expert_server_checks_scales_and_answers_in_fp8(mesh) -> None:
     )
 
     async def ask(scale: torch.Tensor | None) -> messages.ExecuteResponse:
-        channel = expertmesh.client.open_channel(server.endpoint)
+        channel = open_channel(server.endpoint)
         path = "/expertmesh.v1.ExpertService/ExecuteStream"
         stream = FrameStream(
             channel, path, messages.EXECUTE_REQUEST, messages.EXECUTE_RESPONSE, "shard"
