@@ -6,7 +6,7 @@ or with an event loop that stands still, is nobody's: Ray sees a process that li
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,27 +24,34 @@ class Answer(Enum):
 @dataclass(slots=True)
 class _Asked:
     silent_s: float = 0.0  # while somebody looked
-    has_answered: bool = False  # this process has, some time: before, it may still be starting
+    has_started: bool = False  # this process has: before, it takes the time that it takes
+    life: str = ""  # the last one that others heard
+    asked_in: str = ""  # the one that they heard when it was asked: one that has ended, if AWAY
 
 
 class Silence:
     """How long each actor has been silent. An actor is asked again as soon as it has answered."""
 
     def __init__(self, after_s: float, look_s: float, started: Collection[str] = ()) -> None:
-        """One that is silent for `after_s` hangs, once it has answered. Looks are about `look_s`
+        """One that is silent for `after_s` hangs, once it has started. Looks are about `look_s`
         apart. Those that have `started` have answered somebody else."""
         self._after_s = after_s
         # All may have stood still together, a container or virtual machine that was paused: the
         # actors get the time to answer that they would have had.
         self._most_s = 2 * look_s
-        self._asked = {name: _Asked(has_answered=True) for name in started}
+        self._asked = {name: _Asked(has_started=True) for name in started}
         self._looked_at: float | None = None
 
-    def hung(self, answers: dict[str, Answer], excused: Collection[str], now: float) -> list[str]:
+    def hung(
+        self, answers: Mapping[str, Answer], lives: Mapping[str, str], excused: Collection[str],
+        now: float,
+    ) -> list[str]:  # fmt: skip
         """Those of the actors that hang, by a look at the answers to what each was last asked.
 
-        Those that are `excused` do not, however long they are silent. One that is named will be
-        ended, and is named again only where that has not helped for long.
+        `lives` are the incarnations that somebody else hears: one that was not heard before has
+        started, also where it hangs before it has answered here. Those that are `excused` do not
+        hang, however long they are silent. One that is named will be ended, and is named again only
+        where that has not helped for long.
         """
         passed_s = min(now - self._looked_at, self._most_s) if self._looked_at is not None else 0.0
         self._looked_at = now
@@ -52,11 +59,17 @@ class Silence:
         named = []
         for name, answer in answers.items():
             asked = self._asked[name]
+            life = lives.get(name, asked.life)
             if answer is not Answer.PENDING:
-                self._asked[name] = _Asked(has_answered=answer is Answer.GIVEN)
+                # Ray may find out that one life has ended when the next has long begun.
+                has_started = answer is Answer.GIVEN or life != asked.asked_in
+                self._asked[name] = _Asked(has_started=has_started, life=life, asked_in=life)
+                continue
+            if life != asked.life:
+                asked.has_started, asked.silent_s, asked.life = True, 0.0, life
                 continue
             asked.silent_s += passed_s
-            if asked.has_answered and asked.silent_s > self._after_s and name not in excused:
+            if asked.has_started and asked.silent_s > self._after_s and name not in excused:
                 named.append(name)
-                asked.silent_s = -_ENDING_S
+                asked.silent_s, asked.asked_in = -_ENDING_S, asked.life
         return named

@@ -81,19 +81,24 @@ class Watch:
         for name, answer in answers.items():
             if answer is not Answer.PENDING:
                 self._asked[name] = actors[name].ping.remote()
-        excused = set(servers) - self._lost() if Answer.PENDING in answers.values() else servers
-        for name in self._silence.hung(answers, excused, time.monotonic()):
+        heard, lost = self._fleet()
+        excused = set(servers) - lost
+        for name in self._silence.hung(answers, heard, excused, time.monotonic()):
             if not self._stopped.is_set():
                 self._restart(name, actors[name])
         self.looks += 1
 
-    def _lost(self) -> set[str]:
-        """Servers of which the load controller hears nothing; none while it does not say."""
+    def _fleet(self) -> tuple[dict[str, str], set[str]]:
+        """Incarnations of the servers that the load controller hears, by server id, and the servers
+        that it has lost; nothing while it does not say.
+        """
         try:
             fleet = control.get_fleet(self._controller)
         except MeshError:
-            return set()
-        return {each.server.server_id for each in fleet.servers if each.server.state == "lost"}
+            return {}, set()
+        servers = [each.server for each in fleet.servers]
+        heard = {each.server_id: each.incarnation for each in servers if each.state != "lost"}
+        return heard, {each.server_id for each in servers if each.state == "lost"}
 
     def _restart(self, name: str, actor: Any) -> None:
         is_service = name.startswith(_SERVICE)

@@ -50,6 +50,10 @@ def cluster(our_ray: None, checkpoint: tuple[Path, torch.nn.Module]) -> Iterator
         yield running
 
 
+def _get(ref: Any) -> Any:
+    return ray.get(ref, timeout=_BACK_S)  # a failure, not a wait for ever, where it still hangs
+
+
 def _state(cluster: Cluster, name: str = _SERVER) -> str:
     fleet = control.get_fleet(cluster.controller_address)
     return next(s.server.state for s in fleet.servers if s.server.server_id == name)
@@ -88,7 +92,7 @@ def _stop_loop(actor: Any, pid: int) -> None:
 
         loop.shared_loop().call_soon_threadsafe(time.sleep, 1e6)
 
-    ray.get(actor.__ray_call__.remote(hang))
+    _get(actor.__ray_call__.remote(hang))
 
 
 @pytest.mark.parametrize("hang", [_stop_process, _stop_loop])
@@ -99,14 +103,14 @@ def test_a_server_that_hangs_is_ended_comes_back_and_answers_right(
     assert cluster.watch is not None
     before = cluster.watch.restarts.copy()
     actor = cluster.servers[_SERVER]
-    pid = ray.get(actor.pid.remote())
+    pid = _get(actor.pid.remote())
 
     hang(actor, pid)
     wait_until(_holds(lambda: _state(cluster) == "lost"), _BACK_S, "lost")
     _answers_are_right(cluster, checkpoint[1])  # of the replica
     wait_until(_holds(lambda: _state(cluster) == "ready"), _BACK_S, "ready again")
 
-    assert ray.get(actor.pid.remote()) != pid
+    assert _get(actor.pid.remote()) != pid
     assert not Path(f"/proc/{pid}").exists()
     assert cluster.watch.restarts - before == {_SERVER: 1}
     assert f"expert server {_SERVER} has answered nothing for 4 s" in caplog.text
@@ -123,7 +127,7 @@ def test_a_supervised_server_that_hangs_is_started_anew_under_its_name(
         autoscale=AutoscaleConfig(min_replicas=1, max_replicas=1),
     ) as cluster:  # fmt: skip
         assert cluster.watch is not None
-        pid = ray.get(cluster.servers[_SERVER].pid.remote())
+        pid = _get(cluster.servers[_SERVER].pid.remote())
         os.kill(pid, signal.SIGSTOP)
         wait_until(_holds(lambda: _state(cluster) == "lost"), _BACK_S, "lost")
         wait_until(_holds(lambda: _state(cluster) == "ready"), _BACK_S, "ready again")
@@ -144,7 +148,7 @@ def test_a_router_or_controller_that_hangs_is_ended_and_comes_back_at_its_addres
     assert cluster.watch is not None
     before = cluster.watch.restarts.copy()
     actor = cluster.controller if service == "load controller" else cluster.routers[0]
-    pid = ray.get(actor.pid.remote())
+    pid = _get(actor.pid.remote())
 
     _stop_process(actor, pid)
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), _BACK_S, "ended")
@@ -162,20 +166,20 @@ def test_a_server_that_only_the_controller_does_not_hear_serves_on(
     assert cluster.watch is not None
     before = cluster.watch.restarts.copy()
     actor = cluster.servers[_SERVER]
-    pid = ray.get(actor.pid.remote())
+    pid = _get(actor.pid.remote())
 
     def cut(host: Any) -> None:
         from expertmesh.rpc import loop
 
         loop.run(host._server._announcer.close())  # nothing gets through from now on
 
-    ray.get(actor.__ray_call__.remote(cut))
+    _get(actor.__ray_call__.remote(cut))
     wait_until(_holds(lambda: _state(cluster) == "lost"), _BACK_S, "lost")
     looks = cluster.watch.looks
     wait_until(lambda: cluster.watch.looks > looks + 3 * _HUNG_S, _BACK_S, "looked at for long")
 
     assert cluster.watch.restarts == before
-    assert ray.get(actor.pid.remote()) == pid
+    assert _get(actor.pid.remote()) == pid
     _answers_are_right(cluster, checkpoint[1])
     os.kill(pid, signal.SIGKILL)  # for the tests after this one
     wait_until(_holds(lambda: _state(cluster) == "ready"), _BACK_S, "ready again")
@@ -189,7 +193,7 @@ def test_a_server_that_is_loading_for_long_is_left_alone(
     before = cluster.watch.restarts.copy()
     path, away = checkpoint[0] / "config.json", checkpoint[0] / "config.fifo"
     actor = cluster.servers[_SERVER]
-    pid = ray.get(actor.pid.remote())
+    pid = _get(actor.pid.remote())
     content = path.read_bytes()
     path.rename(away)
     os.mkfifo(path)  # who opens it waits, as on a file system that hangs
@@ -200,9 +204,10 @@ def test_a_server_that_is_loading_for_long_is_left_alone(
         wait_until(lambda: cluster.watch.looks > looks + 3 * _HUNG_S, _BACK_S, "looked at for long")
         restarts = cluster.watch.restarts.copy()
     finally:
-        with path.open("wb") as reader_waits:
-            reader_waits.write(content)
+        writer = os.open(path, os.O_RDWR)  # for a reader too, so that it does not wait for one
         path.unlink()
+        os.write(writer, content)
+        os.close(writer)
         away.rename(path)
     wait_until(_holds(lambda: _state(cluster) == "ready"), _BACK_S, "ready again")
 
