@@ -14,10 +14,28 @@ from expertmesh.dispatch import Holders
 from expertmesh.errors import MeshError
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
+from router_service.routing import RoutedBatch
 from router_service.standing import Standing
 
 #: What a server does at its n-th call: an error to raise, or seconds to be silent first.
 Behaviour = Callable[[int], MeshError | float]
+
+LAYER, EXPERTS = 3, 6  # of the batches that the servers are asked for
+
+
+def routed_batch(rows: int, seed: int) -> RoutedBatch:
+    """Random rows for three random experts each."""
+    generator = np.random.default_rng(seed)
+    ids = np.stack([generator.permutation(EXPERTS)[:3] for _ in range(rows)]).astype(np.int32)
+    weights = generator.random((rows, 3), np.float32)
+    hidden = torch.from_numpy(generator.random((rows, 4), np.float32))
+    return RoutedBatch(hidden, ids, weights, 3)
+
+
+def right_answer(batch: RoutedBatch) -> torch.Tensor:
+    """What fake servers make of a batch together."""
+    factor = ((batch.expert_ids + 1).astype(np.float32) * batch.weights).sum(1)
+    return batch.hidden * torch.from_numpy(factor)[:, None]
 
 
 class FakeServer:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 
-from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
 from expertmesh.dispatch import combine
 from expertmesh.errors import (
-    DeadlineError,
     InternalError,
     InvalidRequestError,
     MeshError,
@@ -28,23 +23,18 @@ from expertmesh.rpc.deadline import Deadline
 from router_service.fanout import FanOut, FanOutResult
 from router_service.routing import RoutedBatch
 from router_service.snapshot import Snapshot
-from tests.fakes import Behaviour, FakePool, FakeServer
+from tests.fakes import (
+    EXPERTS,
+    LAYER,
+    Behaviour,
+    FakePool,
+    FakeServer,
+    right_answer,
+    routed_batch,
+)
+from tests.virtual_time import run_in_virtual_time
 
-LAYER, EXPERTS = 3, 6
 CONFIG = RouterConfig(hedge_after_s=0.02, retry_pause_s=0.001)
-
-
-def _batch(rows: int, seed: int) -> RoutedBatch:
-    generator = np.random.default_rng(seed)
-    ids = np.stack([generator.permutation(EXPERTS)[:3] for _ in range(rows)]).astype(np.int32)
-    weights = generator.random((rows, 3), np.float32)
-    hidden = torch.from_numpy(generator.random((rows, 4), np.float32))
-    return RoutedBatch(hidden, ids, weights, 3)
-
-
-def _expected(batch: RoutedBatch) -> torch.Tensor:
-    factor = ((batch.expert_ids + 1).astype(np.float32) * batch.weights).sum(1)
-    return batch.hidden * torch.from_numpy(factor)[:, None]
 
 
 async def _run(
@@ -83,12 +73,12 @@ def test_pairs_of_a_failed_server_are_computed_by_its_replica(error: MeshError) 
         "b": FakeServer(HALVES[0], _always(0.0)),
         "c": FakeServer(HALVES[1], _always(0.0)),
     }
-    batch = _batch(20, 0)
+    batch = routed_batch(20, 0)
 
-    result = asyncio.run(_run(servers, batch))
+    result = run_in_virtual_time(_run(servers, batch))
 
     output = combine(batch.hidden, result.contributions)
-    torch.testing.assert_close(output, _expected(batch))
+    torch.testing.assert_close(output, right_answer(batch))
     assert servers["a"].calls >= 1, "the fault fired"
     assert result.retried_T is not None
     assert result.retried_T.sum() > 0
@@ -99,11 +89,11 @@ def test_a_server_without_a_replica_is_asked_again_until_it_answers() -> None:
         "a": FakeServer(HALVES[0], _first(4, UnavailableError("restarting"))),
         "c": FakeServer(HALVES[1], _always(0.0)),
     }
-    batch = _batch(8, 1)
+    batch = routed_batch(8, 1)
 
-    result = asyncio.run(_run(servers, batch))
+    result = run_in_virtual_time(_run(servers, batch))
 
-    torch.testing.assert_close(combine(batch.hidden, result.contributions), _expected(batch))
+    torch.testing.assert_close(combine(batch.hidden, result.contributions), right_answer(batch))
     assert servers["a"].calls == 5
     assert servers["c"].calls == 1
 
@@ -114,11 +104,11 @@ def test_a_silent_server_is_hedged_and_only_one_answer_counts() -> None:
         "b": FakeServer(HALVES[0], _always(0.0)),
         "c": FakeServer(HALVES[1], _always(0.0)),
     }
-    batch = _batch(12, 2)
+    batch = routed_batch(12, 2)
 
-    result = asyncio.run(_run(servers, batch))
+    result = run_in_virtual_time(_run(servers, batch))
 
-    torch.testing.assert_close(combine(batch.hidden, result.contributions), _expected(batch))
+    torch.testing.assert_close(combine(batch.hidden, result.contributions), right_answer(batch))
     assert servers["a"].standing.suspected
 
 
@@ -130,25 +120,25 @@ def test_hedges_are_counted_and_ordinary_askings_are_not() -> None:
         }
         pool = FakePool(servers, LAYER, EXPERTS)
         fanout = FanOut(pool, lambda: pool.slots, CONFIG)  # type: ignore[arg-type]
-        await fanout.run(_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
+        await fanout.run(routed_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
         return fanout.hedges
 
-    assert asyncio.run(run(patience_s=0.01)) > 0
-    assert asyncio.run(run(patience_s=60.0)) == 0
+    assert run_in_virtual_time(run(patience_s=0.01)) > 0
+    assert run_in_virtual_time(run(patience_s=60.0)) == 0
 
 
 def test_without_a_server_the_error_names_expert_and_layer_before_the_deadline() -> None:
     servers = {"c": FakeServer(HALVES[1], _always(0.0))}
 
     with pytest.raises(UnavailableError, match=r"expert \d of layer 3"):
-        asyncio.run(_run(servers, _batch(4, 3), timeout_s=0.1))
+        run_in_virtual_time(_run(servers, routed_batch(4, 3), timeout_s=0.1))
 
 
 def test_a_request_that_servers_call_invalid_is_not_tried_again() -> None:
     servers = {"a": FakeServer(set(range(EXPERTS)), _always(InvalidRequestError("wrong")))}
 
     with pytest.raises(InvalidRequestError):
-        asyncio.run(_run(servers, _batch(4, 4)))
+        run_in_virtual_time(_run(servers, routed_batch(4, 4)))
 
     assert servers["a"].calls == 1
 
@@ -157,7 +147,7 @@ def test_a_bug_that_repeats_is_reported_and_not_tried_for_ever() -> None:
     servers = {"a": FakeServer(set(range(EXPERTS)), _always(InternalError("bug")))}
 
     with pytest.raises(InternalError):
-        asyncio.run(_run(servers, _batch(4, 5)))
+        run_in_virtual_time(_run(servers, routed_batch(4, 5)))
 
     assert servers["a"].calls == 2
 
@@ -183,11 +173,11 @@ def test_every_pair_contributes_exactly_once_whatever_fails(seed: int) -> None:
         for index in range(4)
     }
     servers["all"] = FakeServer(set(range(EXPERTS)), behave)
-    batch = _batch(chance.randint(1, 30), seed)
+    batch = routed_batch(chance.randint(1, 30), seed)
 
-    result = asyncio.run(_run(servers, batch))
+    result = run_in_virtual_time(_run(servers, batch))
 
-    torch.testing.assert_close(combine(batch.hidden, result.contributions), _expected(batch))
+    torch.testing.assert_close(combine(batch.hidden, result.contributions), right_answer(batch))
 
 
 def test_parts_that_are_answered_in_time_pay_for_second_askings_of_slow_servers() -> None:
@@ -209,256 +199,8 @@ def test_parts_that_are_answered_in_time_pay_for_second_askings_of_slow_servers(
         for slow in (True, True, False, False, True):
             servers["a"].patience = 0.01 if slow else 60.0
             before = sum(server.calls for server in servers.values())
-            await fanout.run(_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
+            await fanout.run(routed_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
             seen.append((fanout.hedges, sum(server.calls for server in servers.values()) - before))
         return seen
 
-    assert asyncio.run(scenario()) == [(1, 4), (1, 3), (1, 3), (1, 3), (2, 4)]
-
-
-# What follows is about servers that hang: they take requests, and answer none of them.
-
-HANG_S = 60.0
-PATIENCE_S = 0.2
-ALL = set(range(EXPERTS))
-NO_BUDGET = RouterConfig(
-    hedge_after_s=PATIENCE_S, hedge_burst=0.0, hedge_share=0.0, retry_pause_s=0.001
-)
-#: A stalled request takes the patience, a second asking, and what a busy machine adds.
-STALL_S = 10 * PATIENCE_S
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
-        while not condition():  # noqa: ASYNC110 (what it looks at has no event)
-            await asyncio.sleep(0.002)
-
-
-class Mesh:
-    """Servers that hold everything, each of which hangs while its name is in `hung`."""
-
-    def __init__(self, names: str, hung: str = "") -> None:
-        self.hung = set(hung)
-        self.servers = {name: FakeServer(ALL, self._behaviour(name), PATIENCE_S) for name in names}
-        self.pool = FakePool(self.servers, LAYER, EXPERTS)
-        self.fanout = FanOut(self.pool, lambda: self.pool.slots, NO_BUDGET)  # type: ignore[arg-type]
-
-    def _behaviour(self, name: str) -> Behaviour:
-        return lambda call: HANG_S if name in self.hung else 0.0
-
-    async def run(self, seed: int = 1, rows: int = 12, timeout_s: float = 5.0) -> float:
-        """One batch, whose answer is right. The seconds that it took."""
-        batch, started = _batch(rows, seed), time.monotonic()
-        snapshot = Snapshot(self.pool.slots)
-        result = await self.fanout.run(batch, LAYER, snapshot, Deadline.after(timeout_s))
-        torch.testing.assert_close(combine(batch.hidden, result.contributions), _expected(batch))
-        return time.monotonic() - started
-
-    async def runs(self, count: int) -> float:
-        """So many, one after the other. The seconds of the longest."""
-        return max([await self.run(seed) for seed in range(count)])
-
-    def probe_due(self, name: str) -> bool:
-        return self.servers[name].standing.probe_due(time.monotonic(), 12)
-
-    def suspected(self) -> set[str]:
-        return {name for name, server in self.servers.items() if server.standing.suspected}
-
-
-def test_a_server_that_hangs_stalls_nobody_for_long_though_the_budget_is_spent() -> None:
-    async def scenario() -> tuple[list[float], Mesh]:
-        mesh = Mesh("ab", hung="a")
-        return await asyncio.gather(*(mesh.run(seed) for seed in range(12))), mesh
-
-    took, mesh = asyncio.run(scenario())
-
-    assert max(took) < STALL_S
-    assert mesh.suspected() == {"a"}
-    assert mesh.servers["a"].calls > 1, "it held many of them"
-
-
-def test_a_server_that_hangs_from_its_first_request_on_is_left_out_after_one_patience() -> None:
-    async def scenario() -> tuple[float, float]:
-        mesh = Mesh("ab", hung="a")
-        return await mesh.runs(3), await mesh.runs(20)
-
-    first, later = asyncio.run(scenario())
-
-    assert first < STALL_S
-    assert later < PATIENCE_S, "nobody waits for it any more"
-
-
-def test_a_suspect_gets_one_probe_and_no_other_part() -> None:
-    async def scenario() -> tuple[int, float, float]:
-        mesh = Mesh("ab", hung="a")
-        await asyncio.gather(*(mesh.run(seed) for seed in range(8)))
-        await _until(lambda: mesh.probe_due("a"))
-        before, started = mesh.servers["a"].calls, time.monotonic()
-        longest = await mesh.runs(50)
-        return mesh.servers["a"].calls - before, longest, time.monotonic() - started
-
-    probes, longest, took = asyncio.run(scenario())
-
-    assert 1 <= probes <= 1 + took / 2.0  # one is given up after two seconds
-    assert longest < PATIENCE_S
-
-
-def test_a_server_that_recovers_is_back_with_its_next_probe() -> None:
-    async def scenario() -> tuple[Mesh, int]:
-        mesh = Mesh("ab", hung="a")
-        await mesh.runs(5)
-        mesh.hung.clear()
-        async with asyncio.timeout(5.0):
-            while mesh.suspected():
-                await mesh.run()
-                await asyncio.sleep(0.01)
-        before = mesh.servers["a"].calls
-        await mesh.runs(20)
-        return mesh, mesh.servers["a"].calls - before
-
-    mesh, calls = asyncio.run(scenario())
-
-    assert mesh.suspected() == set()
-    assert calls > 5, "it gets its share again"
-
-
-def test_a_few_rows_are_copied_to_a_suspect_and_counted_as_sent_again() -> None:
-    async def scenario() -> tuple[int, list[int]]:
-        mesh = Mesh("ab", hung="a")
-        await mesh.runs(5)
-        mesh.hung.clear()
-        await _until(lambda: mesh.probe_due("a"))
-        before = mesh.servers["a"].calls
-        batch = _batch(40, 1)
-        run = mesh.fanout.run(batch, LAYER, Snapshot(mesh.pool.slots), Deadline.after(5.0))
-        again = (await run).retried_T
-        return mesh.servers["a"].calls - before, [] if again is None else again.tolist()
-
-    # Some rows are enough: a server that hangs keeps what it is sent.
-    assert asyncio.run(scenario()) == (1, [3] * 16 + [0] * 24)
-
-
-def test_two_of_three_that_hang_stall_nobody_for_long() -> None:
-    async def scenario() -> tuple[list[float], set[str], float]:
-        mesh = Mesh("abc", hung="ab")
-        took = await asyncio.gather(*(mesh.run(seed) for seed in range(12)))
-        await mesh.runs(5)
-        return took, mesh.suspected(), await mesh.runs(10)
-
-    took, suspected, later = asyncio.run(scenario())
-
-    assert max(took) < STALL_S
-    assert suspected == {"a", "b"}
-    assert later < PATIENCE_S
-
-
-def test_a_replica_that_hangs_as_well_is_given_up_for_a_third() -> None:
-    async def scenario() -> tuple[float, set[str]]:
-        mesh = Mesh("abc", hung="ab")
-        mesh.servers["c"].standing.suspect(time.monotonic(), 12, PATIENCE_S)  # asked last of all
-        took = await mesh.run()
-        return took, mesh.suspected()
-
-    took, suspected = asyncio.run(scenario())
-
-    assert took < STALL_S
-    assert suspected >= {"a", "b"}
-
-
-def test_where_all_replicas_hang_the_error_comes_in_time_and_nobody_is_suspected() -> None:
-    async def scenario() -> set[str]:
-        mesh = Mesh("ab", hung="ab")
-        with pytest.raises(DeadlineError):
-            await mesh.run(timeout_s=6 * PATIENCE_S)
-        return mesh.suspected()
-
-    assert asyncio.run(scenario()) == set()
-
-
-def test_without_a_replica_a_server_that_takes_long_is_waited_for() -> None:
-    async def scenario() -> tuple[int, int, set[str]]:
-        mesh = Mesh("a")
-        mesh.servers["a"].behave = lambda call: 6 * PATIENCE_S
-        await mesh.run()
-        return mesh.servers["a"].calls, mesh.fanout.hedges, mesh.suspected()
-
-    assert asyncio.run(scenario()) == (1, 0, set())
-
-
-def test_where_every_server_is_slow_and_answers_only_the_budget_is_spent() -> None:
-    async def scenario() -> tuple[int, set[str]]:
-        mesh = Mesh("ab")
-        for server in mesh.servers.values():
-            server.behave = lambda call: 4 * PATIENCE_S
-        async with asyncio.TaskGroup() as group:
-            for seed in range(100):
-                group.create_task(mesh.run(seed))
-                await asyncio.sleep(0.005)
-        return mesh.fanout.hedges, mesh.suspected()
-
-    hedges, suspected = asyncio.run(scenario())
-
-    # Until the first answer nobody can tell slow from silent: a test a patience and server.
-    assert hedges <= 2 * 4
-    assert suspected == set()
-
-
-def test_a_large_part_that_may_take_long_does_not_wait_once_its_server_is_suspected() -> None:
-    async def scenario() -> float:
-        mesh = Mesh("ab", hung="a")
-        mesh.servers["a"].row_patience_s = 1.0  # a large part may take a minute
-        large = asyncio.ensure_future(mesh.run(1, rows=60, timeout_s=50.0))
-        await asyncio.sleep(0)
-        mesh.servers["a"].row_patience_s = 0.0
-        small = asyncio.ensure_future(mesh.run(2, rows=8))
-        await small
-        return await large
-
-    assert asyncio.run(scenario()) < STALL_S
-
-
-class SmallOnly(FakeServer):
-    """Loses what is large, as a path does that drops long packets."""
-
-    async def execute(self, request: ExecuteRequest, deadline: Deadline) -> ExecuteResponse:
-        if request.hidden_states.shape[0] > 8:
-            await asyncio.sleep(HANG_S)
-        return await super().execute(request, deadline)
-
-
-def test_a_server_that_answers_only_small_requests_keeps_those_and_loses_the_others() -> None:
-    async def scenario() -> float:
-        mesh = Mesh("ab")
-        mesh.servers["a"] = SmallOnly(ALL, _always(0.0), PATIENCE_S)
-        standing, longest = mesh.servers["a"].standing, 0.0
-
-        async def small() -> None:
-            while True:
-                await mesh.run(rows=4)
-                await asyncio.sleep(0.005)
-
-        going = asyncio.ensure_future(small())
-        async with asyncio.timeout(10.0):
-            # On a busy machine small ones may be late too: then a probe of them brings it back.
-            while not standing.is_suspect(64) or standing.is_suspect(4):
-                longest = max(longest, await mesh.run(rows=64))
-                await asyncio.sleep(0.005)
-        before = mesh.servers["a"].calls
-        await _until(lambda: mesh.servers["a"].calls > before + 5)
-        going.cancel()
-        return longest
-
-    assert asyncio.run(scenario()) < STALL_S
-
-
-def test_what_a_lost_server_was_asked_for_goes_to_its_replica() -> None:
-    async def scenario() -> list[float]:
-        mesh = Mesh("ab", hung="a")
-        for server in mesh.servers.values():
-            server.patience = HANG_S
-        runs = [asyncio.ensure_future(mesh.run(seed)) for seed in range(6)]
-        await _until(lambda: mesh.servers["a"].in_flight > 0)
-        mesh.pool.lose("a")
-        return await asyncio.gather(*runs)
-
-    assert max(asyncio.run(scenario())) < STALL_S
+    assert run_in_virtual_time(scenario()) == [(1, 4), (1, 3), (1, 3), (1, 3), (2, 4)]
