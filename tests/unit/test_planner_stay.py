@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from load_controller import planner_stay
 from load_controller.planner_counts import repack
 from load_controller.planner_pack import Bools, Floats, Ints, Site, copy_hottest, pack
 from load_controller.planner_search import Cost, improve, match_servers, violation
@@ -144,6 +145,30 @@ def test_each_layer_goes_to_its_cheapest_candidate_until_it_stays(seed: int, kin
                 break
             holds = after
         assert (found[layer] == holds).all()
+
+
+def test_a_layer_that_stays_is_not_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    drawn_task = drawn(rng)
+    task = _task(drawn_task)
+    assert len(task.units) > 1
+    settled = from_current(task, _current(drawn_task, rng, "whole"))
+    start = settled.copy()
+    start[-1] = False  # this one has everything to load
+    step, planned = planner_stay._step, []
+
+    def noted(task: Task, here: Bools, fresh: Bools) -> Bools:
+        planned.append(len(here))
+        return step(task, here, fresh)
+
+    monkeypatch.setattr(planner_stay, "_step", noted)
+
+    found = from_current(task, start)
+
+    assert (found[:-1] == settled[:-1]).all()
+    assert planned[0] == len(task.units), "at first all are looked at"
+    assert planned[1:] == [1] * (len(planned) - 1), "then the one that moved"
+    assert 2 <= len(planned) < ROUNDS
 
 
 def _violation(task: Task, holds: Bools) -> Floats:
