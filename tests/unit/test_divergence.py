@@ -14,6 +14,7 @@ from load_controller.divergence import (
     HeldSamples,
     Sample,
     Share,
+    _batches,
     judge,
     judge_all,
     own_choices,
@@ -286,6 +287,51 @@ def test_layers_of_other_sizes_and_rules_are_judged_in_one_go_as_each_alone() ->
     alone = [judge(each.delta, each.gate, each.samples, 1.0).share for each in candidates]
     assert [verdict.share for verdict in together] == alone
     assert [share.picks for share in alone] == [70, 140, 140, 140, 140]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        ([], []),
+        ([600], [(0, 1)]),
+        ([200, 300, 12, 1], [(0, 3), (3, 4)]),
+        ([200, 300, 13, 499, 1], [(0, 2), (2, 4), (4, 5)]),
+        ([1, 600, 1], [(0, 1), (1, 2), (2, 3)]),
+    ],
+    ids=str,
+)
+def test_samples_are_judged_together_up_to_512_rows(
+    sizes: list[int], runs: list[tuple[int, int]]
+) -> None:
+    batches = list(_batches([(torch.zeros(rows, 2), GATE) for rows in sizes]))
+
+    assert [(batch.start, batch.stop) for batch in batches] == runs
+    assert [batch.rows for batch in batches] == [sizes[start:stop] for start, stop in runs]
+    assert [len(batch.scores) for batch in batches] == [sum(sizes[a:b]) for a, b in runs]
+
+
+def test_only_rows_that_may_choose_otherwise_choose_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Sample(_rows(0.3, 0.1, -0.4, 0.05, 0.0), own_TE=None)
+    sample.own(GATE)
+    choose, chosen = gating.choose, []
+
+    def noted(scores: torch.Tensor, spec: GateSpec, bias: torch.Tensor) -> torch.Tensor:
+        chosen.append(len(scores))
+        return choose(scores, spec, bias)
+
+    monkeypatch.setattr(gating, "choose", noted)
+
+    assert sample.divergence(torch.tensor([0.0, 0.2]), GATE).changed == 3
+    assert chosen == [3], "those whose first two are as far apart as the delta, or less"
+
+
+def test_it_is_judged_on_the_cpu_whatever_the_default_device_is() -> None:
+    candidate = Candidate(torch.tensor([0.0, 0.15]), GATE, [Sample(_even(1000))])
+
+    with torch.device("meta"):
+        (verdict,) = judge_all([candidate], ceiling=0.1)
+
+    assert (verdict.share, verdict.halvings) == (Share(150, 1000), 1)
 
 
 def test_own_picks_of_a_small_report_are_kept_with_its_rows() -> None:

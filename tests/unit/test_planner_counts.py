@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from load_controller.planner_counts import EVEN_ENOUGH, ROUNDS, VARIANTS, repack
+from load_controller import planner_counts
+from load_controller.planner_counts import EVEN_ENOUGH, ROUNDS, VARIANTS, _variants, repack
 from load_controller.planner_pack import Bools, Ints, Site, copy_hottest, pack
 from load_controller.planner_search import Cost, improve, violation
 from load_controller.planner_spread import spread
@@ -71,3 +72,61 @@ def test_one_copy_at_a_time_is_given_away_as_long_as_that_evens_the_layer_out(se
         one = _repacked(units[layer], copies[layer], holds[layer], site)
         assert counts[layer].tolist() == one[0].tolist()
         assert (found[layer] == one[1]).all()
+
+
+@pytest.mark.parametrize("most", [1, 5, VARIANTS])
+@pytest.mark.parametrize("seed", range(10))
+def test_the_trades_that_leave_the_least_large_shares_come_first(seed: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    task = drawn(rng)
+    units = task.units + 1
+    servers_of = np.bincount(task.site.node)[task.site.home]
+    copies = rng.integers(1, servers_of + 1)  # the greedy ones have one of each trade at most
+
+    rows, tried = _variants(units, copies, np.arange(len(units)), task.site, most)
+
+    for layer in range(len(units)):
+        site = replace(task.site, home=task.site.home[layer : layer + 1])
+        expected = _trades(units[layer], copies[layer], site)[:most]
+        assert tried[rows == layer].tolist() == [after.tolist() for after in expected]
+
+
+#: One expert that takes eight of twelve units by itself, and two servers with room for three.
+HOT = np.array([[8, 1, 1, 2]]) * 1000
+PAIR = Site(np.ones(2), np.array([3, 3]), np.zeros(2, np.int64), np.zeros((1, 4), np.int64), run=4)
+
+
+def test_what_is_as_even_as_its_largest_share_allows_is_left_alone() -> None:
+    copies = np.array([[1, 1, 1, 2]])
+    holds = np.array([[[1, 0, 0, 1], [0, 1, 1, 1]]], np.bool_)
+    assert _uneven(HOT[0], holds[0], PAIR) == pytest.approx(8 / 6 - 1)
+    fuller = np.array([[[1, 1, 0, 1], [0, 0, 1, 1]]], np.bool_)
+    assert _uneven(HOT[0], fuller[0], PAIR) == pytest.approx(9 / 6 - 1)
+
+    assert repack(HOT, copies, holds, PAIR)[0].tolist() == copies.tolist()
+    assert repack(HOT, copies, fuller, PAIR)[0].tolist() == [[2, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("work", "most"), [(10**9, VARIANTS), (2 * 7 * 5, 5), (2 * 7 * 5 - 1, 4), (1, 1)]
+)
+def test_the_work_of_a_round_is_bounded_over_all_its_layers(
+    monkeypatch: pytest.MonkeyPatch, work: int, most: int
+) -> None:
+    """Two layers of five slots on two servers: a variant of both is fourteen units of work."""
+    asked = []
+
+    def noted(
+        units: Ints, copies: Ints, layers: Ints, site: Site, most: int
+    ) -> tuple[Ints, Ints]:  # fmt: skip
+        asked.append(most)
+        return _variants(units, copies, layers, site, most)
+
+    monkeypatch.setattr(planner_counts, "WORK", work)
+    monkeypatch.setattr(planner_counts, "_variants", noted)
+    site = replace(PAIR, home=np.zeros((2, 4), np.int64))
+    fuller = np.array([[[1, 1, 0, 1], [0, 0, 1, 1]]] * 2, np.bool_)
+
+    repack(HOT.repeat(2, 0), np.array([[1, 1, 1, 2]] * 2), fuller, site)
+
+    assert asked[0] == most

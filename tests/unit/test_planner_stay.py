@@ -110,18 +110,34 @@ def test_from_nothing_is_greedy_then_improved_then_packed_with_other_counts(seed
         assert (found[layer] == repack(one.units, copies, packed, one.site)[1][0]).all()
 
 
+def test_from_nothing_swaps_copies_whatever_that_loads() -> None:
+    ones, zeros = np.ones(4), np.zeros(4, np.int64)
+    site = Site(ones, np.full(4, 8), zeros, np.zeros((3, 24), np.int64), 24, weighted=False)
+    units = (np.random.default_rng(0).lognormal(0.0, 1.0, (3, 24)) * 2**20).astype(np.int64)
+    task = Task(units, np.ones(3, np.bool_), site, np.array([24]), 0.01, 0.01)
+    copies = copy_hottest(units, site, task.slots)
+    packed = pack(units, copies, np.zeros((3, 4, 24), np.bool_), site)
+    swapped = improve(units, packed, site, Cost(packed, 0.0))
+    assert (task.violation(swapped) < task.violation(packed)).all()
+
+    assert (from_nothing(task) == repack(units, copies, swapped, site)[1]).all()
+
+
 def _current(task: Drawn, rng: np.random.Generator, kind: str) -> Bools:
-    """A placement that may stay, one that lost or gained some copies, or a wild one."""
+    """A placement that may stay, one that lost or gained some copies in one layer or in all, or a
+    wild one."""
     home = task.site.home[:, rng.permutation(task.units.shape[1])] if kind == "wild" else None
     site = task.site if home is None else replace(task.site, home=home)
     copies = copy_hottest(task.units[:, ::-1], site, task.slots)
     holds = pack(rng.integers(1, 99, task.units.shape), copies, task.empty, site)
-    if kind != "whole":
+    if kind == "first broken":
+        holds[0] ^= rng.random(holds[0].shape) < 0.3
+    elif kind != "whole":
         holds ^= rng.random(holds.shape) < 0.15
     return holds
 
 
-@pytest.mark.parametrize("kind", ["whole", "broken", "wild"])
+@pytest.mark.parametrize("kind", ["whole", "first broken", "broken", "wild"])
 @pytest.mark.parametrize("seed", range(20))
 def test_each_layer_goes_to_its_cheapest_candidate_until_it_stays(seed: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
