@@ -34,6 +34,7 @@ TABLE = ROOT / "scripts/mutants.toml"
 WORK = ROOT / "build/mutants"
 PACKAGES = ("expertmesh", "router_service", "expert_service", "load_controller", "fleet")
 NOTICED = ("killed", "timeout", "segfault")
+NOT_RUN = 255  # pytest did not know a test by the name that it had given: mutmut calls it "timeout"
 
 #: unraisableexception collects garbage again and again, which is half of a short run's time.
 PYTEST = [
@@ -98,6 +99,8 @@ class Group:
         """By mutant of a module, how its tests ended."""
         meta = Path(f"{self.mutated(module)}.meta")
         codes: dict[str, int | None] = json.loads(meta.read_text())["exit_code_by_key"]
+        if NOT_RUN in codes.values():
+            raise SystemExit(f"{module}: tests that were not run: give their parameters plain ids")
         return codes
 
     def survivors(self, module: str) -> list[str]:

@@ -8,6 +8,7 @@ defaults its configuration classes; neither is imported.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from expertmesh.checkpoint.config import Config
@@ -92,35 +93,32 @@ def _mixtral_gate(config: Config) -> GateSpec:
 _COMMON: Mapping[str, object] = {"hidden_act": "silu", "mlp_bias": False}
 
 
-def _deepseek_v3(model_type: str, **defaults: object) -> Family:
-    """DeepSeek-V3's layout, which Kimi-K2 and GLM-4.5 share."""
-    return Family(
-        model_type=model_type,
-        defaults={
-            **_COMMON,
-            "hidden_size": 7168,
-            "num_hidden_layers": 61,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "n_routed_experts": 256,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 8,
-            "n_group": 8,
-            "topk_group": 4,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "first_k_dense_replace": 3,
-            "moe_layer_freq": 1,
-            **defaults,
-        },
-        num_experts_key="n_routed_experts",
-        expects={**_COMMON, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-        is_sparse=_after_first_k,
-        shared_width=_shared_copies,
-        gate_spec=_sigmoid_gate,
-        bias="gate.e_score_correction_bias",
-    )
-
+#: The layout that Kimi-K2 and GLM-4.5 share.
+_DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    defaults={
+        **_COMMON,
+        "hidden_size": 7168,
+        "num_hidden_layers": 61,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "moe_layer_freq": 1,
+    },
+    num_experts_key="n_routed_experts",
+    expects={**_COMMON, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    is_sparse=_after_first_k,
+    shared_width=_shared_copies,
+    gate_spec=_sigmoid_gate,
+    bias="gate.e_score_correction_bias",
+)
 
 _QWEN_DEFAULTS: Mapping[str, object] = {
     **_COMMON,
@@ -132,19 +130,23 @@ _QWEN_DEFAULTS: Mapping[str, object] = {
 }
 
 _ROWS = (
-    _deepseek_v3("deepseek_v3"),
-    _deepseek_v3("kimi_k2"),
-    _deepseek_v3(
-        "glm4_moe",
-        hidden_size=4096,
-        num_hidden_layers=46,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        n_routed_experts=128,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.0,
-        first_k_dense_replace=1,
+    _DEEPSEEK_V3,
+    replace(_DEEPSEEK_V3, model_type="kimi_k2"),
+    replace(
+        _DEEPSEEK_V3,
+        model_type="glm4_moe",
+        defaults={
+            **_DEEPSEEK_V3.defaults,
+            "hidden_size": 4096,
+            "num_hidden_layers": 46,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 1,
+        },
     ),
     Family(
         model_type="deepseek_v2",

@@ -257,6 +257,23 @@ def test_a_deepseek_without_shared_experts_has_none(tmp_path: Path) -> None:
         assert not checkpoint.spec.layers[1].has_shared
 
 
+def test_every_third_layer_routes_where_that_is_the_sparse_step(tmp_path: Path) -> None:
+    make_checkpoint("qwen2_moe", tmp_path, num_hidden_layers=6, decoder_sparse_step=3)
+
+    with Checkpoint.open(tmp_path) as checkpoint:
+        kinds = [layer.kind for layer in checkpoint.spec.layers]
+    assert kinds == ["dense", "dense", "moe"] * 2
+
+
+def test_a_greedy_deepseek_v2_has_no_groups_whatever_the_config_says(tmp_path: Path) -> None:
+    make_checkpoint("deepseek_v2", tmp_path, topk_method="greedy")
+    edit_config(tmp_path, n_group=4, topk_group=0)
+
+    with Checkpoint.open(tmp_path) as checkpoint:
+        gates = [layer.gate for layer in checkpoint.spec.layers if layer.gate]
+    assert {(gate.n_group, gate.topk_group) for gate in gates} == {(1, 1)}
+
+
 def test_moe_layer_freq_leaves_the_layers_between_dense(tmp_path: Path) -> None:
     make_checkpoint("deepseek_v3", tmp_path, first_k_dense_replace=2)
     dense = {f"model.layers.2.mlp.{p}_proj.weight": torch.ones(2, 2) for p in ("gate", "up")}

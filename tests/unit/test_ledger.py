@@ -121,3 +121,14 @@ def test_a_window_closes_with_enough_tokens_or_with_any_when_it_is_old(
     window.counts += counts
 
     assert window.is_due(now, window_tokens=4, window_s=5.0) is due
+
+
+def test_a_copy_of_a_window_counts_on_by_itself() -> None:
+    window = Window(3, 2, opened_at=10.0)
+    window.counts += [1, 0, 4]
+
+    copied = window.copy()
+    window.counts += 1
+
+    assert copied.counts.tolist() == [1, 0, 4]
+    assert (copied.top_k, copied.opened_at) == (2, 10.0)
