@@ -90,10 +90,19 @@ class FanOut:
         return FanOutResult(contributions, run.retried_T)
 
     async def _complete(
-        self, run: Run, ids: Ids, slots: SlotMap, avoid: frozenset[str]
+        self,
+        run: Run,
+        ids: Ids,
+        slots: SlotMap,
+        avoid: frozenset[str],
+        not_now: frozenset[str] = frozenset(),
     ) -> list[Contribution]:
-        """Partial sums for the pairs in `ids`, from servers outside `avoid` as long as any is."""
-        return await self._all(run, await self._plan_until_placed(run, ids, slots, avoid))
+        """Partial sums for the pairs in `ids`, from servers outside `avoid` as long as any is.
+
+        Those in `not_now` are not asked at first; a second asking may go to them.
+        """
+        parts, slots, avoided = await self._plan_until_placed(run, ids, slots, avoid | not_now)
+        return await self._all(run, (parts, slots, avoid & avoided))
 
     async def _all(self, run: Run, planned: _Planned) -> list[Contribution]:
         """Partial sums of every part, asked for at the same time."""
@@ -209,9 +218,9 @@ class FanOut:
         """The server's answer, or, when it is overdue or left out, the first of two answers."""
         try:
             while not ask.future.done():
-                others = self._second_asking(run, ask, slots, avoid)
-                if others is not None:
-                    return await self._race(run, ask, slots, others)
+                not_now = self._second_asking(run, ask, slots, avoid)
+                if not_now is not None:
+                    return await self._race(run, ask, slots, avoid, not_now)
                 await self._sleep_until_deadline(run, ask)
             answer = [self._take(ask)]
             self._budget.earn(1)
@@ -278,13 +287,23 @@ class FanOut:
         return None
 
     async def _race(
-        self, run: Run, ask: Ask, slots: SlotMap, avoid: frozenset[str]
+        self,
+        run: Run,
+        ask: Ask,
+        slots: SlotMap,
+        avoid: frozenset[str],
+        not_now: frozenset[str],
     ) -> list[Contribution]:
-        """Sends a server's pairs to replicas too; whoever answers first is taken."""
+        """Sends a server's pairs to replicas outside `not_now` too; whoever answers first is taken.
+
+        Where those replicas are silent as well, it is the turn of the others.
+        """
         self.hedges += 1
         run.count_again(ask.part)
         again = ask.part.ids_among(run.rows)
-        hedge = asyncio.ensure_future(self._complete(run, again, slots, avoid))
+        hedge = asyncio.ensure_future(
+            self._complete(run, again, slots, avoid | {ask.server}, not_now)
+        )
         try:
             await asyncio.wait((ask.future, hedge), return_when=asyncio.FIRST_COMPLETED)
             if not succeeded(ask.future):

@@ -20,7 +20,7 @@ from router_service.standing import Standing
 #: What a server does at its n-th call: an error to raise, or seconds to be silent first.
 Behaviour = Callable[[int], MeshError | float]
 
-LAYER, EXPERTS = 3, 6  # of the batches that the servers are asked for
+LAYER, EXPERTS, EPOCH = 3, 6, 7  # of the batches that the servers are asked for
 
 
 def routed_batch(rows: int, seed: int) -> RoutedBatch:
@@ -55,6 +55,7 @@ class FakeServer:
         self.patience, self.row_patience = patience_s, row_patience_s
         self.behave = behave
         self.calls = 0
+        self.asked: list[tuple[ExecuteRequest, Deadline]] = []
         self.lost = False
         self.connected = True
         self.in_flight = 0
@@ -76,6 +77,7 @@ class FakeServer:
 
     def ask(self, request: ExecuteRequest, deadline: Deadline) -> asyncio.Future[ExecuteResponse]:
         self.in_flight += 1
+        self.asked.append((request, deadline))
         future = asyncio.ensure_future(self.execute(request, deadline))
         future.add_done_callback(self._ended)
         return future
@@ -105,8 +107,9 @@ class FakePool:
     def __init__(self, servers: dict[str, FakeServer], layer: int, experts: int) -> None:
         self.servers = servers
         self.on_left_out: Callable[[], None] = lambda: None
+        self.looks = 0  # for who holds what
         self.slots = SlotMap(
-            1,
+            EPOCH,
             tuple(servers),
             {layer: np.array([[e in s.held for e in range(experts)] for s in servers.values()])},
         )
@@ -128,6 +131,7 @@ class FakePool:
     def holders(
         self, slots: SlotMap, layer: int, avoid: frozenset[str] = frozenset(), rows: int = 1
     ) -> Holders:
+        self.looks += 1
         left_out = self.left_out(rows)
         holds = (
             slots.holds[layer] & np.array([name not in avoid for name in slots.servers])[:, None]
@@ -136,7 +140,8 @@ class FakePool:
         return Holders(np.where(trusted.any(0), trusted, holds), np.ones(len(slots.servers)))
 
     async def wait_change(self, timeout_s: float) -> None:
-        await asyncio.sleep(min(timeout_s, 0.001))
+        """Nothing ever changes."""
+        await asyncio.sleep(timeout_s)
 
     async def close(self) -> None:
         """Nothing to close."""

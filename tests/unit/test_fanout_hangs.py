@@ -232,7 +232,7 @@ class SmallOnly(FakeServer):
 
 
 def test_a_server_that_answers_only_small_requests_keeps_those_and_loses_the_others() -> None:
-    async def scenario() -> float:
+    async def scenario() -> tuple[float, float]:
         mesh = Mesh("ab")
         mesh.servers["a"] = SmallOnly(ALL, lambda call: 0.0, PATIENCE_S)
         standing, longest = mesh.servers["a"].standing, 0.0
@@ -250,10 +250,13 @@ def test_a_server_that_answers_only_small_requests_keeps_those_and_loses_the_oth
                 await asyncio.sleep(0.005)
         before = mesh.servers["a"].calls
         await _until(lambda: mesh.servers["a"].calls > before + 5)
+        large = [len(r.hidden_states) for r, _ in mesh.servers["a"].asked].count(64)
+        later = max([await mesh.run(seed, rows=64) for seed in range(10)])
+        assert [len(r.hidden_states) for r, _ in mesh.servers["a"].asked].count(64) <= large + 1
         going.cancel()
-        return longest
+        return longest, later
 
-    assert run_in_virtual_time(scenario()) == ONE_PATIENCE
+    assert run_in_virtual_time(scenario()) == (ONE_PATIENCE, AT_ONCE)
 
 
 def test_what_a_lost_server_was_asked_for_goes_to_its_replica() -> None:
