@@ -51,6 +51,11 @@ def check_gate(spec: GateSpec, num_experts: int) -> None:
     _require(num_experts >= 1, f"the layer has {num_experts} experts", "at least 1")
     _require(num_experts % groups == 0, f"n_group is {groups}", f"a divisor of {num_experts}")
     size = num_experts // groups
+    _require(
+        spec.group_score in ("max", "top2_sum"),
+        f"group_score is {spec.group_score!r}",
+        "max or top2_sum",
+    )
     _require(1 <= spec.top_k <= kept * size, f"top_k is {spec.top_k}", f"1 to {kept * size}")
     _require(
         spec.group_score == "max" or kept == groups or size >= 2,

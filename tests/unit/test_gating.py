@@ -273,6 +273,7 @@ def test_the_shared_weight_is_the_sigmoid_of_its_gate() -> None:
     ("change", "says"),
     [
         ({"score": "tanh"}, "score is 'tanh', expected softmax or sigmoid"),
+        ({"group_score": "min"}, "group_score is 'min', expected max or top2_sum"),
         ({"top_k": 0}, "top_k is 0, expected 1 to 8"),
         ({"top_k": 9}, "top_k is 9, expected 1 to 8"),
         ({"n_group": 0}, "n_group is 0, expected at least 1"),

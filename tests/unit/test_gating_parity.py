@@ -136,6 +136,20 @@ def test_biased_and_grouped_routers_choose_the_same(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("biased_family", BIASED)
+def test_rows_whose_scores_are_all_zero_are_weighted_as_the_model_weighs_them(
+    biased_family: str,
+) -> None:
+    router, spec = router_and_spec(biased_family, norm_topk_prob=True)
+    logits_TE = random_logits() - 200.0  # of which no sigmoid is left in float32
+
+    _, weights_TK, _ = router(logits_TE)
+
+    assert torch.equal(weights_TK, torch.zeros_like(weights_TK))
+    assert torch.equal(select(logits_TE, spec).weights, weights_TK.float())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "renormalised"])
 def test_norm_topk_prob_means_what_it_means_to_the_family(family: str, norm: bool) -> None:
     router, spec = router_and_spec(family, norm_topk_prob=norm)
