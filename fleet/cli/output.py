@@ -58,6 +58,7 @@ def server_json(server: router_pb2.ServerStatus) -> dict[str, Any]:
         "endpoint": server.endpoint,
         "state": server.state,
         "connected": server.connected,
+        "suspected": server.suspected,
         "slots": server.slots,
         "loaded_bytes": server.loaded_bytes,
         "total_bytes": server.total_bytes,

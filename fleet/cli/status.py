@@ -106,6 +106,8 @@ def _lines(
             f"{server.loaded_bytes / 1e6:>7.1f} MB  {server.backend:<14} "
             f"{server.rate or 1.0:>5.2g} {server.pid:>7}  {server.transport:<4} {server.endpoint}"
         )
+        if server.suspected:
+            lines.append("    left out: it was silent where a replica answered")
         if server.error:
             lines.append(f"    {server.error}")
     if any(not server.connected for server in seen.servers):

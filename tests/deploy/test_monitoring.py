@@ -143,6 +143,7 @@ def test_there_are_alerts_for_what_operators_must_hear_of() -> None:
     assert {rule["alert"] for rule in _rules()} >= {
         "ExpertmeshNoReplica",
         "ExpertmeshServerLost",
+        "ExpertmeshServerSuspected",
         "ExpertmeshQueueFull",
         "ExpertmeshBalancingDead",
         "ExpertmeshStateNotWritten",

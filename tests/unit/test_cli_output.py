@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from fleet.cli import demo_report
+from expertmesh.v1 import router_pb2
+from fleet.cli import demo_report, status
+from fleet.cli.output import server_json
 from fleet.demo import DemoResult, Generation, Kill
 
 _TIMEOUT_S = 120.0
@@ -118,3 +120,16 @@ def test_a_command_without_standard_output_does_its_work() -> None:
     )
 
     assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_who_is_left_out_is_told_to_people_and_programs() -> None:
+    servers = [
+        router_pb2.ServerStatus(server_id=name, connected=True, suspected=name == "silent")
+        for name in ("silent", "well")
+    ]
+
+    lines = status._lines("router:1", router_pb2.GetStatusResponse(servers=servers), "olmoe", 4)
+
+    assert [server_json(server)["suspected"] for server in servers] == [True, False]
+    (at,) = [at for at, line in enumerate(lines) if "left out: it was silent" in line]
+    assert lines[at - 1].startswith("silent ")
