@@ -182,7 +182,7 @@ class Mover:
             return await getattr(stub, method)(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             meant = status.from_call(error, f"expert server {server} at {endpoint}")
-            raise type(meant)(f"{server}: {meant.message}", field=meant.field) from None
+            raise meant.again(f"{server}: {meant.message}") from None
         finally:
             await channel.close()
 
