@@ -54,12 +54,13 @@ from tests.mesh import LOCAL, LocalMesh, local_mesh, wait_until
 from tests.pairwise import Case, pairwise
 from tests.wire import TIMEOUT_S, admission, devices_held
 
-H, E, K = 64, 16, 4
+E, K = 16, 4
 _MOST_OWN_ROWS = 1025  # that the model computes in its own type
-_DRAWS = 4  # of noise by which a row's logits are moved
+_DRAWS = 48  # of rounding errors, each larger than a real one: a tie within them shows in some
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Sizes that the code of our own kernels takes, and sizes that it leaves to others.
-WIDTHS = {"blocks": (64, 128), "odd": (40, 96)}
+WIDTHS = {"blocks": (64, 64, 128), "odd": (72, 40, 96)}  # hidden, routed, dense or shared
+_HIDDEN = [hidden for hidden, *_ in WIDTHS.values()]
 
 _ROUTER, _EXPERT = RouterConfig(), ExpertConfig()
 #: Numbers of rows above, or from, which a request takes another path.
@@ -73,9 +74,10 @@ _BORDERS = (
     *(avx512_gate._FEW_ROWS, 2 * avx512_gate._THREAD_ROWS),
     *(avx512._FEW_ROWS, avx512_experts._PIECE_ROWS, avx512_experts._SUM_ROWS),
     *(onednn._MAX_BLOCK, noop._MANY_ROWS),
-    *(narrow._BLOCK_ROWS, narrowing._INLINE_ELEMENTS // H),
-    *(lending.LEAST_BYTES // (H * size) for size in (2, 4)),
-    frames.CHUNK_BYTES // (H * 4),
+    narrow._BLOCK_ROWS,
+    *(narrowing._INLINE_ELEMENTS // hidden for hidden in _HIDDEN),
+    *(lending.LEAST_BYTES // (hidden * size) for hidden in _HIDDEN for size in (2, 4)),
+    *(frames.CHUNK_BYTES // (hidden * 4) for hidden in _HIDDEN),
 )
 ROWS = sorted(
     {0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 256, 257, 1000, 5000}
@@ -160,7 +162,8 @@ class Cluster:
     def rows_apart(self, count: int, dtype: torch.dtype, wire: torch.dtype | None) -> torch.Tensor:
         """Rows that the wire does not change, of which no rounding changes the experts."""
         generator = torch.Generator().manual_seed(count)
-        drawn = torch.randn(count + count // 2 + 16, H, generator=generator).to(dtype)
+        hidden_size = self.gate.weight.shape[1]
+        drawn = torch.randn(2 * count + 32, hidden_size, generator=generator).to(dtype)
         hidden = narrow.widened(*narrow.narrowed(drawn, wire), dtype)
         spec = self.layer.gate
         assert spec is not None
@@ -248,8 +251,9 @@ def cluster(
 
 def _make_model(family: str, path: Path, dtype: torch.dtype, widths: str) -> Any:
     """A checkpoint of E experts, K of them chosen, of which it is the model."""
-    routed, other = WIDTHS[widths]
+    hidden, routed, other = WIDTHS[widths]
     sizes = {FAMILY_ROWS[family].num_experts_key: E, "num_experts_per_tok": K}
+    sizes["hidden_size"] = hidden
     if FAMILY_ROWS[family].width_key == "moe_intermediate_size":
         sizes |= {"moe_intermediate_size": routed, "intermediate_size": other}
     else:

@@ -12,7 +12,7 @@ import torch
 
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import RouterConfig
-from expertmesh.dispatch import combine
+from expertmesh.dispatch import Part, combine
 from expertmesh.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -21,6 +21,7 @@ from expertmesh.errors import (
     UnavailableError,
 )
 from expertmesh.rpc.deadline import Deadline
+from router_service.asking import Ask, drop, failed
 from router_service.fanout import FanOut, FanOutResult
 from router_service.snapshot import Snapshot
 from tests.fakes import (
@@ -212,17 +213,17 @@ def test_each_server_that_is_silent_for_the_same_pairs_is_waited_for_half_as_lon
 
 
 def test_only_who_is_overdue_is_asked_around() -> None:
-    async def scenario() -> tuple[float, list[int]]:
+    async def scenario() -> tuple[float, list[int], int]:
         bench = Bench(
             GENEROUS,
             a=answering(HANG_S, HALVES[0]), b=answering(0.0, HALVES[0]),
             c=answering(0.5, HALVES[1], 1.0), d=answering(0.5, HALVES[1], 1.0),
         )  # fmt: skip
-        bench.pool.servers["b"].standing.suspect(time.monotonic(), 12, 0.2)
-        bench.pool.servers["d"].standing.suspect(time.monotonic(), 12, 0.2)
-        return await bench.runs(), [server.calls for server in bench.pool.servers.values()]
+        bench.pool.servers["b"].standing.suspect(time.monotonic(), 12, 0.2)  # asked after a
+        took = await bench.runs()
+        return took, [bench.pool.servers[name].calls for name in "ab"], bench.fanout.hedges
 
-    assert run_in_virtual_time(scenario()) == (pytest.approx(0.5), [1, 1, 1, 0])
+    assert run_in_virtual_time(scenario()) == (pytest.approx(0.5), [1, 1], 1)
 
 
 def test_a_slow_server_is_not_its_own_replica() -> None:
@@ -258,6 +259,26 @@ def test_who_fails_when_its_replica_answers_was_not_silent() -> None:
         return took, bench.pool.servers["a"].standing.suspected, bench.pool.servers["a"].calls
 
     assert run_in_virtual_time(scenario()) == (pytest.approx(0.5), False, 1)
+
+
+@pytest.mark.parametrize("has_failed", [True, False], ids=["failed", "silent"])
+def test_only_a_server_that_has_said_nothing_loses_to_its_replica(has_failed: bool) -> None:
+    async def scenario() -> set[str]:
+        bench = Bench(a=answering(0.0), b=answering(0.0))
+        server = bench.pool.servers["a"]
+        answer = failed(UnavailableError("at last"))
+        if not has_failed:
+            answer = asyncio.get_running_loop().create_future()
+        ids = routed_batch(12, 2).expert_ids
+        ask = Ask(
+            Part(0, None, ids), "a", server, torch.Size((12, 4)),  # type: ignore[arg-type]
+            answer, asked_at=-1.0, patience_s=0.2, look_at=-0.8,
+        )  # fmt: skip
+        bench.fanout._note_lost(ask)
+        drop(answer)
+        return {name for name, each in bench.pool.servers.items() if each.standing.suspected}
+
+    assert run_in_virtual_time(scenario()) == (set() if has_failed else {"a"})
 
 
 def test_a_part_that_was_waited_for_earns_a_share_of_a_second_asking() -> None:

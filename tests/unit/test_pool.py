@@ -289,3 +289,21 @@ def test_the_directory_is_listed_with_what_the_router_knows_besides() -> None:
     assert (a.connected, a.requests_in_flight, a.answered_rows) == (False, 3, 0)
     assert (b.server_id, b.error, b.connected, b.answered_rows) == ("b", "says the link", True, 7)
     assert (a.suspected, b.suspected, a.transport) == (False, True, "grpc")
+
+
+def test_a_link_that_fails_is_told_of_by_the_name_of_its_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(link: StillLink) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(StillLink, "run", fail)
+
+    async def scenario(pool: ExpertPool) -> tuple[str, dict[str, int]]:
+        await asyncio.sleep(0)  # each link fails for the first time
+        return pool.tasks.problem, pool.tasks.failures
+
+    problem, failures = _in_a_pool("ab", scenario)
+
+    assert [name in problem for name in ("server link a", "server link b")] == [True, True]
+    assert failures == {"server link": 2}

@@ -235,3 +235,9 @@ def test_the_hedge_budget_never_holds_more_than_its_burst() -> None:
     budget.earn(1000)
 
     assert [budget.spend(), budget.spend(), budget.spend()] == [True, True, False]
+
+
+def test_the_sizes_of_which_an_answer_was_seen_are_known() -> None:
+    standing = _standing(rows=4)
+
+    assert [rows for rows in range(12) if standing.knows(rows)] == [4, 5, 6, 7]
