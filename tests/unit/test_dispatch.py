@@ -345,3 +345,28 @@ def test_a_sum_in_place_of_a_partial_sum_is_the_same_sum(partials: int, place: i
     room = contributions[place][1]
     assert dispatch.combine(hidden, contributions, room) is room
     assert torch.equal(room, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_sums_are_the_cpus_whatever_the_default_device_is(dtype: torch.dtype) -> None:
+    hidden, part = torch.zeros(3, 4).to(dtype), torch.ones(2, 4).to(dtype)
+
+    with torch.device("meta"):
+        combined = dispatch.combine(hidden, [(np.array([0, 2]), part), (np.array([2, 1]), part)])
+
+    assert combined.tolist() == [[1.0] * 4, [1.0] * 4, [2.0] * 4]
+
+
+@pytest.mark.parametrize(
+    ("computed", "sent"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_partial_sums_travel_as_wide_as_the_sum_needs(
+    computed: torch.dtype, sent: torch.dtype
+) -> None:
+    assert dispatch.partial_dtype(computed) == sent
