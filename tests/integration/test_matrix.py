@@ -60,7 +60,7 @@ _DRAWS = 48  # of rounding errors, each larger than a real one: a tie within the
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Sizes that the code of our own kernels takes, and sizes that it leaves to others.
 WIDTHS = {"blocks": (64, 64, 128), "odd": (72, 40, 96)}  # hidden, routed, dense or shared
-_HIDDEN = [hidden for hidden, *_ in WIDTHS.values()]
+H = WIDTHS["blocks"][0]  # of the borders that are in bytes: each meets both widths
 
 _ROUTER, _EXPERT = RouterConfig(), ExpertConfig()
 #: Numbers of rows above, or from, which a request takes another path.
@@ -75,9 +75,9 @@ _BORDERS = (
     *(avx512._FEW_ROWS, avx512_experts._PIECE_ROWS, avx512_experts._SUM_ROWS),
     *(onednn._MAX_BLOCK, noop._MANY_ROWS),
     narrow._BLOCK_ROWS,
-    *(narrowing._INLINE_ELEMENTS // hidden for hidden in _HIDDEN),
-    *(lending.LEAST_BYTES // (hidden * size) for hidden in _HIDDEN for size in (2, 4)),
-    *(frames.CHUNK_BYTES // (hidden * 4) for hidden in _HIDDEN),
+    narrowing._INLINE_ELEMENTS // H,
+    *(lending.LEAST_BYTES // (H * size) for size in (2, 4)),
+    frames.CHUNK_BYTES // (H * 4),
 )
 ROWS = sorted(
     {0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 256, 257, 1000, 5000}
