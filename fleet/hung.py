@@ -24,9 +24,9 @@ class Answer(Enum):
 @dataclass(slots=True)
 class _Asked:
     silent_s: float = 0.0  # while somebody looked
-    has_started: bool = False  # this process has: before, it takes the time that it takes
-    life: str = ""  # the last one that others heard
-    asked_in: str = ""  # the one that they heard when it was asked: one that has ended, if AWAY
+    has_started: bool = False  # its process has: one that is silent before that is loading
+    life: str = ""  # the newest incarnation of it that anybody has heard
+    asked_in: str = ""  # the newest one when it was asked: AWAY says that it has ended, no more
 
 
 class Silence:
@@ -48,8 +48,9 @@ class Silence:
     ) -> list[str]:  # fmt: skip
         """Those of the actors that hang, by a look at the answers to what each was last asked.
 
-        `lives` are the incarnations that somebody else hears: one that was not heard before has
-        started, also where it hangs before it has answered here. Those that are `excused` do not
+        `lives` are the incarnations, by name, that the load controller hears now: one that it has
+        not heard before has started, and hangs also where it has never answered here. At each look
+        all are needed, as a new one is told by the one before it. Those that are `excused` do not
         hang, however long they are silent. One that is named will be ended, and is named again only
         where that has not helped for long.
         """

@@ -102,6 +102,7 @@ class FanOut:
         Those in `not_now` are not asked at first; a second asking may go to them.
         """
         parts, slots, avoided = await self._plan_until_placed(run, ids, slots, avoid | not_now)
+        # What was avoided is empty after a pause: from then on everyone may be asked again.
         return await self._all(run, (parts, slots, avoid & avoided))
 
     async def _all(self, run: Run, planned: _Planned) -> list[Contribution]:

@@ -10,17 +10,21 @@ import numpy as np
 import torch
 
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
-from expertmesh.dispatch import Holders
+from expertmesh.config import RouterConfig
+from expertmesh.dispatch import Holders, combine
 from expertmesh.errors import MeshError
 from expertmesh.placement import SlotMap
 from expertmesh.rpc.deadline import Deadline
+from router_service.fanout import FanOut, FanOutResult
 from router_service.routing import RoutedBatch
+from router_service.snapshot import Snapshot
 from router_service.standing import Standing
 
 #: What a server does at its n-th call: an error to raise, or seconds to be silent first.
 Behaviour = Callable[[int], MeshError | float]
 
 LAYER, EXPERTS, EPOCH = 3, 6, 7  # of the batches that the servers are asked for
+ALL = set(range(EXPERTS))
 
 
 def routed_batch(rows: int, seed: int) -> RoutedBatch:
@@ -145,3 +149,18 @@ class FakePool:
 
     async def close(self) -> None:
         """Nothing to close."""
+
+
+class Bench:
+    """A fan out over fake servers."""
+
+    def __init__(self, config: RouterConfig, **servers: FakeServer) -> None:
+        self.pool = FakePool(servers, LAYER, EXPERTS)
+        self.fanout = FanOut(self.pool, lambda: self.pool.slots, config)  # type: ignore[arg-type]
+
+    async def run(self, rows: int = 12, seed: int = 2, timeout_s: float = 5.0) -> FanOutResult:
+        """What becomes of one batch, whose answer is right."""
+        batch, snapshot = routed_batch(rows, seed), Snapshot(self.pool.slots)
+        result = await self.fanout.run(batch, LAYER, snapshot, Deadline.after(timeout_s))
+        torch.testing.assert_close(combine(batch.hidden, result.contributions), right_answer(batch))
+        return result

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 from unittest import mock
 
 _T = TypeVar("_T")
-_TICK_S = 1e-12  # nobody looks twice at the same instant, so who waits for one gets past it
+#: The least time between two turns of the loop, as a real clock has one: code that waits again and
+#: again for what is left until an instant would otherwise never get past it, by rounding.
+_TICK_S = 1e-12
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -40,8 +42,10 @@ class _Selector(selectors.SelectSelector):
 
 
 def run_in_virtual_time(scenario: Coroutine[Any, Any, _T]) -> _T:
-    """`asyncio.run`, in no time. `time.monotonic` is the loop's clock meanwhile, as it is of every
-    other loop.
+    """`asyncio.run` in no time.
+
+    Until it ends `time.monotonic()` is the loop's clock, for code that reads it beside the timers
+    that it sets on the loop.
     """
     loop = VirtualLoop()
     with (

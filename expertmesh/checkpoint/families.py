@@ -93,7 +93,7 @@ def _mixtral_gate(config: Config) -> GateSpec:
 _COMMON: Mapping[str, object] = {"hidden_act": "silu", "mlp_bias": False}
 
 
-#: The layout that Kimi-K2 and GLM-4.5 share.
+#: DeepSeek-V3's layout, which Kimi-K2 and GLM-4.5 share.
 _DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     defaults={

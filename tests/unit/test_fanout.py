@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 import torch
@@ -20,14 +19,14 @@ from expertmesh.errors import (
     UnavailableError,
 )
 from expertmesh.rpc.deadline import Deadline
-from router_service.fanout import FanOut, FanOutResult
+from router_service.fanout import FanOutResult
 from router_service.routing import RoutedBatch
 from router_service.snapshot import Snapshot
 from tests.fakes import (
     EXPERTS,
     LAYER,
     Behaviour,
-    FakePool,
+    Bench,
     FakeServer,
     right_answer,
     routed_batch,
@@ -40,9 +39,9 @@ CONFIG = RouterConfig(hedge_after_s=0.02, retry_pause_s=0.001)
 async def _run(
     servers: dict[str, FakeServer], batch: RoutedBatch, timeout_s: float = 5.0
 ) -> FanOutResult:
-    pool = FakePool(servers, LAYER, EXPERTS)
-    fanout = FanOut(pool, lambda: pool.slots, CONFIG)  # type: ignore[arg-type]
-    return await fanout.run(batch, LAYER, Snapshot(pool.slots), Deadline.after(timeout_s))
+    bench = Bench(CONFIG, **servers)
+    snapshot = Snapshot(bench.pool.slots)
+    return await bench.fanout.run(batch, LAYER, snapshot, Deadline.after(timeout_s))
 
 
 def _always(outcome: MeshError | float) -> Behaviour:
@@ -118,10 +117,9 @@ def test_hedges_are_counted_and_ordinary_askings_are_not() -> None:
             name: FakeServer(half, _always(0.5), patience_s)
             for name, half in (("a", HALVES[0]), ("b", HALVES[0]), ("c", HALVES[1]))
         }
-        pool = FakePool(servers, LAYER, EXPERTS)
-        fanout = FanOut(pool, lambda: pool.slots, CONFIG)  # type: ignore[arg-type]
-        await fanout.run(routed_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
-        return fanout.hedges
+        bench = Bench(CONFIG, **servers)
+        await bench.run()
+        return bench.fanout.hedges
 
     assert run_in_virtual_time(run(patience_s=0.01)) > 0
     assert run_in_virtual_time(run(patience_s=60.0)) == 0
@@ -188,19 +186,18 @@ def test_parts_that_are_answered_in_time_pay_for_second_askings_of_slow_servers(
         "b": FakeServer(HALVES[0], _always(0.0), patience_s=60.0),  # the replica of "a"
         "c": FakeServer(HALVES[1], _always(0.0), patience_s=60.0),
     }
-    never_silent = time.monotonic() + 60.0
-    servers["a"].standing.answered(never_silent, never_silent, 4096, 60.0)
+    servers["a"].standing.answered(60.0, 60.0, 4096, 60.0)  # later than all that follows
 
     async def scenario() -> list[tuple[int, int]]:
-        pool = FakePool(servers, LAYER, EXPERTS)
-        config = RouterConfig(hedge_burst=1.0, hedge_share=0.1)
-        fanout = FanOut(pool, lambda: pool.slots, config)  # type: ignore[arg-type]
+        bench = Bench(RouterConfig(hedge_burst=1.0, hedge_share=0.1), **servers)
         seen = []
         for slow in (True, True, False, False, True):
             servers["a"].patience = 0.01 if slow else 60.0
             before = sum(server.calls for server in servers.values())
-            await fanout.run(routed_batch(12, 2), LAYER, Snapshot(pool.slots), Deadline.after(5.0))
-            seen.append((fanout.hedges, sum(server.calls for server in servers.values()) - before))
+            await bench.run()
+            seen.append(
+                (bench.fanout.hedges, sum(server.calls for server in servers.values()) - before)
+            )
         return seen
 
     assert run_in_virtual_time(scenario()) == [(1, 4), (1, 3), (1, 3), (1, 3), (2, 4)]
