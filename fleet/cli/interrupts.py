@@ -33,7 +33,10 @@ class Interrupts:
         if self._seen.is_set():
             raise KeyboardInterrupt
 
-    def wait(self) -> None:
-        """Returns once a signal comes, or has come; none raises any more."""
+    def hold(self) -> None:
+        """From now on no signal raises: `wait` returns for it."""
         self._raising = False
+
+    def wait(self) -> None:
+        """Returns once a signal comes, or has come. Call `hold` first."""
         self._seen.wait()

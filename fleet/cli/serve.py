@@ -142,6 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             )
         endpoints = cluster.endpoints()
+        interrupts.hold()  # whoever reads READY may send a signal at once: that ends well, too
         if arguments.json:
             ready = {"event": "READY", "address": cluster.address, "experts": endpoints}
             emit(json.dumps(ready))

@@ -21,6 +21,8 @@ try:
     interrupts.check()
 except KeyboardInterrupt:
     print("raised again", flush=True)
+interrupts.hold()
+os.kill(os.getpid(), signal.{name})
 interrupts.wait()
 os.kill(os.getpid(), signal.{name})
 print("ended", flush=True)
@@ -61,3 +63,31 @@ def test_a_command_under_nohup_goes_on_when_its_terminal_is_closed() -> None:
     )
 
     assert (ran.returncode, ran.stdout) == (0, "goes on\n"), ran.stderr
+
+
+_SERVE = """
+import os, signal
+from contextlib import contextmanager
+from types import SimpleNamespace
+from fleet.cli import main, serve
+
+@contextmanager
+def launch(*_, **__):
+    yield SimpleNamespace(address="127.0.0.1:1", endpoints=dict)
+    print("closed", flush=True)
+
+def emit(text):
+    print(text, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+serve.launch, serve.emit = launch, emit
+raise SystemExit(main(["serve", "checkpoint"]))
+"""
+
+
+def test_a_signal_that_comes_with_ready_ends_the_cluster_as_any_later_one_does() -> None:
+    ran = subprocess.run([sys.executable, "-c", _SERVE], capture_output=True, text=True, timeout=60)
+
+    assert ran.returncode == 0, ran.stderr
+    assert "READY 127.0.0.1:1" in ran.stderr
+    assert "closed" in ran.stderr
