@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from expertmesh.rpc import engine  # before any test imports grpc
+from expertmesh.rpc.process import keep_what_is_loaded
 
 # Else a part of what Ray forks from this process dies before it is what it was to be.
 assert engine.APPLIED, "somebody imported grpc before expertmesh.rpc.engine"
@@ -40,6 +41,12 @@ hypothesis.settings.register_profile(
 _EXIT_S = 10.0  # how long a process that was told to stop may take
 # Python's own helper of shared memory and spawn lives as long as the process that needed it.
 _HELPER = "multiprocessing.resource_tracker"
+
+
+def pytest_collection_finish() -> None:
+    """Every module is loaded: a full collection need not look at them again, which takes half a
+    second, in the middle of a test that compares times."""
+    keep_what_is_loaded()
 
 
 @pytest.fixture(autouse=True)

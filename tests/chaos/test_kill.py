@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 IN_FLIGHT = 64
 QUIET, AFTER = 1000, 2000  # answers before and after the kill
-PAUSE_S = 0.4  # what a kill may add to the quiet 99th percentile, with a replica
+OVERTAKEN = 4 * IN_FLIGHT  # answers that may come before one's own, with a replica
+PAUSE_SHARE = 1 / 8  # of the time of a restart, which slows with the machine, too: no answer at all
 BACK_S = 30.0  # when answers must be right again, without one
 
 
@@ -64,15 +65,17 @@ def test_with_two_replicas_every_request_is_answered_right_and_in_time(
     with Load(two_replicas.address, checkpoint[1], IN_FLIGHT, rows=4, timeout=20.0) as load:
         load.wait_right(QUIET, 120.0)
         killed_at, victim = _kill(two_replicas)
+        wait_until(lambda: _is_back(two_replicas, victim), BACK_S, "the killed server back")
+        back_s = time.monotonic() - killed_at
         load.wait_right(AFTER, 120.0)
     after = _status(two_replicas)
-    wait_until(lambda: _is_back(two_replicas, victim), BACK_S, "the killed server back")
 
     outcome = load.outcome
     assert outcome.wrong == []
     assert outcome.errors == []
     assert after.retried_pairs > before.retried_pairs, "the fault hit requests in flight"
-    assert outcome.longest(killed_at) <= outcome.quantile(0.99, killed_at) + PAUSE_S
+    assert outcome.most_overtaken(killed_at) <= OVERTAKEN
+    assert outcome.longest_silence(killed_at) <= back_s * PAUSE_SHARE
 
 
 def test_with_one_replica_answers_are_right_or_errors_and_soon_right_again(
