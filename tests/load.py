@@ -6,6 +6,7 @@ import threading
 import time
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ class Outcome:
     def longest_silence(self, since: float) -> float:
         """Seconds of the longest time after `since` in which no request was answered right."""
         ends = [since, *sorted(ended for ended, _ in self.right if ended >= since)]
-        return max(after - before for before, after in zip(ends, ends[1:], strict=False))
+        return max(after - before for before, after in pairwise(ends))
 
 
 class Load:
