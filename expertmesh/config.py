@@ -242,7 +242,6 @@ class AutoscaleConfig:
 
     min_replicas: int = 1  # servers, however quiet it is
     max_replicas: int = 64  # servers, however busy it is: bounds the bill
-    initial_replicas: int | None = None  # servers of a new cluster; None: min_replicas
     target_ongoing_requests: float = 2.0  # waiting or computing at one server, mean (Ray Serve's 2)
     target_utilization: float = 0.45  # work offered / capacity, mean: twice the load still fits
     # while new servers start
@@ -270,7 +269,6 @@ class AutoscaleConfig:
         counts = {
             "min_replicas": (self.min_replicas, 1),
             "max_replicas": (self.max_replicas, self.min_replicas),
-            "initial_replicas": (self.initial_replicas, self.min_replicas),
             "max_step_up": (self.max_step_up, 1),
             "max_step_down": (self.max_step_down, 1),
             "min_redundant": (self.min_redundant, 0),
@@ -278,9 +276,6 @@ class AutoscaleConfig:
         }
         for name, (count, least) in counts.items():
             _require(count is None or count >= least, f"autoscale.{name}", count, f">= {least}")
-        _require(self.initial_replicas is None or self.initial_replicas <= self.max_replicas,
-                 "autoscale.initial_replicas", self.initial_replicas,
-                 f"<= max_replicas = {self.max_replicas}")  # fmt: skip
         for name in ("target_ongoing_requests", "target_queue_delay_s", "look_back_period_s",
                      "peak_period_s"):  # fmt: skip
             value = getattr(self, name)

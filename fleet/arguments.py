@@ -86,8 +86,3 @@ def check_autoscale(
             f"{first} servers to begin with (shards x replicas) are not within min_replicas = "
             f"{config.min_replicas} and max_replicas = {config.max_replicas}"
         )
-    if config.initial_replicas not in (None, first):
-        raise ConfigError(
-            f"initial_replicas is {config.initial_replicas}, but shards x replicas are {first}: "
-            "leave it out"
-        )

@@ -84,7 +84,7 @@ def bounded(config: AutoscaleConfig, least: int, most: int) -> AutoscaleConfig:
         return config
     low = least or min(config.min_replicas, most)
     high = most or max(config.max_replicas, least)
-    return replace(config, min_replicas=low, max_replicas=high, initial_replicas=None)
+    return replace(config, min_replicas=low, max_replicas=high)
 
 
 def next_steps(

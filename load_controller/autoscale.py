@@ -119,11 +119,10 @@ def decide(
 
 
 def _first(context: Context, config: AutoscaleConfig) -> State:
-    """What runs is kept; a new cluster begins as configured."""
+    """What runs is kept; a new cluster begins with as few as may be."""
     there = context.running + context.starting
-    initial = config.min_replicas if config.initial_replicas is None else config.initial_replicas
-    reason = "what is there" if there else "the initial number"
-    return State(replicas=there or initial, at_s=context.now_s, reason=reason)
+    reason = "what is there" if there else "the fewest that may be"
+    return State(replicas=there or config.min_replicas, at_s=context.now_s, reason=reason)
 
 
 def _see(state: State, context: Context, config: AutoscaleConfig) -> State:

@@ -1,10 +1,9 @@
-"""What the autoscaler keeps between two decisions, as data that goes to JSON and back. Pure."""
+"""What the autoscaler keeps between two decisions. Pure."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 
 from expertmesh.errors import ConfigError
@@ -61,40 +60,3 @@ class State:
         """Mean over the samples that know; None when none does."""
         known = [value for seen in self.samples if (value := of(seen)) is not None]
         return sum(known) / len(known) if known else None
-
-    def to_json(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> State:
-        """The state that `to_json` wrote. Raises ConfigError for anything else."""
-        try:
-            raw = json.loads(text)
-            samples = tuple(
-                Seen(seen["at_s"], seen["running"], Sample(**seen["sample"]))
-                for seen in raw.pop("samples")
-            )
-            if unknown := raw.keys() - {field.name for field in fields(cls)}:
-                raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-            falling = tuple((at_s, wanted) for at_s, wanted in raw.pop("falling"))
-            peaks = tuple((float(at_s), float(work)) for at_s, work in raw.pop("peaks", ()))
-            state = cls(samples=samples, falling=falling, peaks=peaks, **raw)
-            if not all(_is_count(n) for n in (state.replicas, *(n for _, n in falling))):
-                raise ValueError("the servers are not a number")
-            if not all(isfinite(number) for peak in peaks for number in peak):
-                raise ValueError("a peak is not a number")
-            times = (state.above_since_s, state.below_since_s, state.quiet_since_s)
-            for time in (state.at_s, *(t for t in times if t is not None)):
-                if not isfinite(time):
-                    raise ValueError(f"a time is {time}")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(
-                f"the autoscaler's state cannot be read ({error}): drop it, and it begins from "
-                "what runs"
-            ) from None
-        return state
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
