@@ -7,7 +7,7 @@ how it answers others. So what operators do goes to the controller's own address
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -65,32 +65,19 @@ def _slot_moves(moves: Iterable[Move]) -> list[pb.SlotMove]:
 
 
 def begin_migration(
-    address: str,
-    moves: Iterable[Move],
-    rates: Mapping[str, float] | None = None,
-    fence: int = 0,
+    address: str, moves: Iterable[Move], fence: int = 0
 ) -> Future[pb.MigrateSlotsResponse]:
     """Moves experts while requests go on; done when all is.
 
-    A move's `layer` is the model's index. `rates` are the relative speeds of servers that the plan
-    was made with, by name: routers divide rows by them. Raises what MigrateSlots in control.proto
-    answers.
+    A move's `layer` is the model's index. Raises what MigrateSlots in control.proto answers.
     """
-    request = pb.MigrateSlotsRequest(
-        moves=_slot_moves(moves),
-        fence=fence,
-        server_rates=[
-            pb.ServerRate(server_id=server, rate=rate) for server, rate in (rates or {}).items()
-        ],
-    )
+    request = pb.MigrateSlotsRequest(moves=_slot_moves(moves), fence=fence)
     return loop.submit(_call(address, "MigrateSlots", request, timeout_s=_MIGRATE_S))
 
 
-def migrate(
-    address: str, moves: Iterable[Move], rates: Mapping[str, float] | None = None
-) -> pb.MigrateSlotsResponse:
+def migrate(address: str, moves: Iterable[Move]) -> pb.MigrateSlotsResponse:
     """The same, waited for."""
-    return begin_migration(address, moves, rates).result()
+    return begin_migration(address, moves).result()
 
 
 def begin_drain(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +23,7 @@ from load_controller import messages
 from load_controller.accounts import Accounts
 from load_controller.balancer import Balancer
 from load_controller.holdings import Holdings
-from load_controller.migration import Copy, Step, check_rates
+from load_controller.migration import Copy, Step
 from load_controller.rates import relative_rates
 from load_controller.rebalancer import Holder
 from load_controller.scaling import Scaling
@@ -75,8 +74,6 @@ class LoadController:
         self._away: dict[str, tuple[_Router, float]] = {}  # and since when
         self.accounts = Accounts(store)
         self._holdings = store.holdings()
-        # Set by hand.
-        self._rates: dict[str, float] = json.loads(store.meta("server_rates") or "{}")
         self._measures = server_rates == "measured"
         self._measured: dict[str, float] = {}
         self.balancer = Balancer(balance, balance.mode)
@@ -242,7 +239,7 @@ class LoadController:
             self._directory_changed()
 
     def _directory_changed(self) -> None:
-        """The list of routers, or a rate, is another one: said at once, or when it can be stored.
+        """The list of routers is another one: said at once, or when it can be stored.
 
         A router that comes is served meanwhile; only that others hear of it has to wait.
         """
@@ -296,8 +293,8 @@ class LoadController:
         )
 
     def _rate(self, server_id: str) -> float:
-        """What was set by hand, else what was measured, else 1."""
-        return self._rates.get(server_id, self._measured.get(server_id, 1.0))
+        """What was measured, else 1."""
+        return self._measured.get(server_id, 1.0)
 
     # Migration: `mover` decides when; here is what becomes of the placement.
 
@@ -378,19 +375,6 @@ class LoadController:
         """Raises UnavailableError, and then changes nothing."""
         self._store.save_holdings(holdings, epoch)
         self._holdings, self.epoch = holdings, epoch
-
-    def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Publishes relative speeds of servers. Raises what `check_rates` raises."""
-        check_rates(rates, self._servers)
-        changed = self._rates | dict(rates)
-        if changed == self._rates:
-            return
-        with self._store.transaction():
-            self._store.set_meta("server_rates", json.dumps(changed))
-            self._store.save_holdings(self._holdings, self.epoch + 1)
-        self._rates = changed
-        self.epoch += 1
-        self._directory_changed()
 
     def is_used_everywhere(self, epoch: int, now: float) -> bool:
         """Whether no router uses an older placement any more, also none that was cut off."""

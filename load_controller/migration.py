@@ -7,8 +7,7 @@ slots are there twice at any time.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,21 +98,6 @@ def check_digests(loaded: Mapping[Copy, str], elsewhere: Mapping[Slot, Mapping[s
                     f"{server} and {theirs[:12]} on {other}: start every server from the same "
                     "files, with the same dtype"
                 )
-
-
-def check_rates(rates: Mapping[str, float], known: Collection[str]) -> None:
-    """Raises InvalidRequestError for speeds that are none, and for servers that nobody knows."""
-    for server, rate in sorted(rates.items()):
-        if server not in known:
-            raise InvalidRequestError(
-                f"no server is {server!r}: name one of {', '.join(sorted(known))}",
-                field="server_rates",
-            )
-        if not 0 < rate < math.inf:
-            raise InvalidRequestError(
-                f"the rate of server {server} is {rate}, expected a number > 0",
-                field="server_rates",
-            )
 
 
 def _of(copies: Iterable[Copy], layer: int) -> tuple[Copy, ...]:

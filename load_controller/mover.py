@@ -47,17 +47,14 @@ class Mover:
         self._controller = controller
         self._busy = False
 
-    async def migrate(
-        self, loads: Iterable[Copy], drops: Iterable[Copy], rates: Mapping[str, float]
-    ) -> Migrated:
-        """Moves experts, layer by layer; routers divide rows by `rates` from the start.
+    async def migrate(self, loads: Iterable[Copy], drops: Iterable[Copy]) -> Migrated:
+        """Moves experts, layer by layer.
 
         Raises MigratingError, what `plan_steps` raises, and what kept a step from being done: that
         step is undone then, and later ones are not begun.
         """
         with self.alone():
             steps = plan_steps(self._controller.shown(), loads, drops)
-            self._controller.set_rates(rates)
             return await self.run(steps)
 
     @contextmanager

@@ -76,7 +76,7 @@ class RebalanceLoop:
 
     async def _migrate(self, decision: Decision, loads: list[Copy], drops: list[Copy]) -> None:
         try:
-            migrated = await self._mover.migrate(loads, drops, {})
+            migrated = await self._mover.migrate(loads, drops)
         except MeshError as error:
             self.failed += 1
             self._decision = Decision(f"{decision.reason}; failed: {error.message}")

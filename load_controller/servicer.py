@@ -179,8 +179,7 @@ class ControlServicer:
     ) -> pb.MigrateSlotsResponse:
         """See control.proto."""
         self._controller.scaling.check(request.fence)
-        rates = {each.server_id: each.rate for each in request.server_rates}
-        done: Migrated = await self._to_its_end(self._mover.migrate(*_moves(request.moves), rates))
+        done: Migrated = await self._to_its_end(self._mover.migrate(*_moves(request.moves)))
         return pb.MigrateSlotsResponse(epoch=done.epoch, loaded=done.loaded, dropped=done.dropped)
 
     async def drain_server(

@@ -19,22 +19,12 @@ MOVE_ACTION_LOAD: MoveAction
 MOVE_ACTION_DROP: MoveAction
 
 class MigrateSlotsRequest(_message.Message):
-    __slots__ = ("moves", "fence", "server_rates")
+    __slots__ = ("moves", "fence")
     MOVES_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
-    SERVER_RATES_FIELD_NUMBER: _ClassVar[int]
     moves: _containers.RepeatedCompositeFieldContainer[SlotMove]
     fence: int
-    server_rates: _containers.RepeatedCompositeFieldContainer[ServerRate]
-    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ..., fence: _Optional[int] = ..., server_rates: _Optional[_Iterable[_Union[ServerRate, _Mapping]]] = ...) -> None: ...
-
-class ServerRate(_message.Message):
-    __slots__ = ("server_id", "rate")
-    SERVER_ID_FIELD_NUMBER: _ClassVar[int]
-    RATE_FIELD_NUMBER: _ClassVar[int]
-    server_id: str
-    rate: float
-    def __init__(self, server_id: _Optional[str] = ..., rate: _Optional[float] = ...) -> None: ...
+    def __init__(self, moves: _Optional[_Iterable[_Union[SlotMove, _Mapping]]] = ..., fence: _Optional[int] = ...) -> None: ...
 
 class DrainServerRequest(_message.Message):
     __slots__ = ("server_id", "moves", "fence")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import torch
 
@@ -126,57 +125,6 @@ def test_a_replica_of_one_expert_takes_a_part_of_its_rows(mesh: LocalMesh) -> No
     assert sum(executed) == 20 * 64
     assert 0 in _held(second)
     assert min(executed) > 0
-
-
-def _rates(rates: dict[str, float]) -> list[pb.ServerRate]:
-    return [pb.ServerRate(server_id=server, rate=rate) for server, rate in rates.items()]
-
-
-def _executed(mesh: LocalMesh, expert: int) -> np.ndarray:
-    return np.array([int(s.shard._layers[LAYER].counts_E[expert]) for s in mesh.servers])
-
-
-@pytest.mark.parametrize("rows", [64, 512], ids=["small batches", "large batches"])
-def test_a_server_of_half_the_rate_gets_half_the_rows_also_after_a_restart(
-    mesh: LocalMesh, rows: int
-) -> None:
-    request = pb.MigrateSlotsRequest(
-        moves=_load("s1r0", Slot(LAYER, 0)), server_rates=_rates({"s0r0": 2.0, "s1r0": 1.0})
-    )
-    with grpc.insecure_channel(mesh.controller.address) as channel:
-        control_pb2_grpc.ControlServiceStub(channel).MigrateSlots(request, timeout=30.0)
-    loop.run(mesh.controller.stop())
-    mesh.controller = mesh.start_controller(mesh.state)
-    mesh.wait()
-    before = _executed(mesh, 0)
-    with expertmesh.connect(mesh.address) as client:
-        hidden = torch.randn(rows, client.describe().hidden_size)
-        ids = torch.zeros(rows, 1, dtype=torch.int32)
-        for _ in range(8192 // rows):
-            client.forward(hidden, LAYER, expert_ids=ids, expert_weights=torch.ones(rows, 1))
-
-    executed = _executed(mesh, 0) - before
-
-    assert executed.sum() == 8192
-    assert executed[1] / executed[0] == pytest.approx(0.5, abs=0.08)
-
-
-@pytest.mark.parametrize("rates", [{"s0r0": 0.0}, {"s0r0": float("nan")}, {"nobody": 1.0}])
-def test_rates_that_cannot_be_are_refused_and_nothing_moves(
-    mesh: LocalMesh, rates: dict[str, float]
-) -> None:
-    epoch = mesh.controller.controller.epoch
-    request = pb.MigrateSlotsRequest(
-        moves=_load("s1r0", Slot(LAYER, 0)), server_rates=_rates(rates)
-    )
-
-    with grpc.insecure_channel(mesh.controller.address) as channel:
-        stub = control_pb2_grpc.ControlServiceStub(channel)
-        reason, said = _refused(lambda: stub.MigrateSlots(request, timeout=30.0))
-
-    assert reason == "INVALID_REQUEST"
-    assert next(iter(rates)) in said
-    assert mesh.controller.controller.epoch == epoch
 
 
 def test_a_copy_with_another_digest_is_undone_and_named(

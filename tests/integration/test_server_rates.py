@@ -75,14 +75,18 @@ def test_servers_say_how_fast_they_are_and_count_accordingly(cluster: LocalMesh)
     }
 
 
-def test_rows_that_both_could_compute_are_divided_by_their_speeds(cluster: LocalMesh) -> None:
+@pytest.mark.parametrize(("rows", "requests"), [(16, 64), (ROWS, 1)], ids=["small", "large"])
+def test_rows_that_both_could_compute_are_divided_by_their_speeds(
+    cluster: LocalMesh, rows: int, requests: int
+) -> None:
     fast, slow = cluster.servers[0], cluster.extra[0]
     before = _executed(fast), _executed(slow)
     with expertmesh.connect(cluster.address) as client:
         rate = {s.server_id: s.rate for s in client.status().servers}[SLOW]
-        hidden = torch.randn(ROWS, client.describe().hidden_size)
-        client.forward(hidden, LAYER, timeout=60.0)
+        for _ in range(requests):
+            hidden = torch.randn(rows, client.describe().hidden_size)
+            client.forward(hidden, LAYER, timeout=60.0)
     done = _executed(fast) - before[0], _executed(slow) - before[1]
 
-    assert sum(done) == ROWS * 4
+    assert sum(done) == rows * requests * 4
     assert done[1] / sum(done) == pytest.approx(rate / (1 + rate), abs=0.1)

@@ -490,18 +490,6 @@ def test_a_server_that_loads_or_is_lost_is_not_compared() -> None:
     assert _rates(controller)["cpu"] == 1.0
 
 
-def test_what_was_set_by_hand_counts_more_than_what_was_measured() -> None:
-    controller = _weighing()
-    controller.announce(_measured("cpu", 25.0), now=0.0)
-    controller.announce(_measured("gpu", 100.0), now=0.0)
-    before = controller.directory_version
-
-    controller.set_rates({"cpu": 0.5})
-
-    assert _rates(controller) == {"cpu": 0.5, "gpu": 1.0}
-    assert controller.directory_version > before
-
-
 def test_measured_speeds_outlive_a_restart_without_a_new_placement(tmp_path: Path) -> None:
     first = _weighing(tmp_path / "state")
     first.announce(_measured("cpu", 25.0), now=0.0)

@@ -110,7 +110,6 @@ OPERATIONS: dict[str, Callable[[LoadController], object]] = {
     "deltas are taken back": lambda c: c.set_mode("", reset=True),
     "copies will be loaded": lambda c: c.expect([COPY]),
     "a step is switched": lambda c: c.switch(Step(LAYER, loads=(), drops=(COPY,))),
-    "rates are set": lambda c: c.set_rates({"s0": 2.0}),
     "rebalancing is switched on": lambda c: c.set_rebalancing(True),
     "a lease is taken": lambda c: c.scaling.take("owner", 10.0, now=0.0),
     "bounds are set": lambda c: c.scaling.set_bounds(Bounds(1, 3)),
