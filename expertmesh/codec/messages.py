@@ -39,7 +39,6 @@ class ForwardRequest:
     pass_non_finite: bool = False
     include_shared: bool = False
     want_detail: bool = False
-    request_id: str = ""
     hidden_states_scale: torch.Tensor | None = None  # [T] float32, beside FP8
     room: Room | None = None  # where the answer may be written; never sent
 
@@ -67,7 +66,6 @@ class ExecuteRequest:
     expert_ids: Array
     expert_weights: Array
     epoch: int = 0
-    request_id: str = ""
     hidden_states_scale: torch.Tensor | None = None  # [R] float32, beside FP8
     room: Room | None = None  # where the answer may be written; never sent
 
@@ -123,7 +121,7 @@ _NO_FIELDS: dict[int, str] = {}
 class _Fields:
     """Collects the fields of one message; unknown ones are skipped, as protobuf asks."""
 
-    __slots__ = ("arrays", "hidden", "numbers", "tensors", "texts")
+    __slots__ = ("arrays", "hidden", "numbers", "tensors")
 
     def __init__(
         self,
@@ -135,14 +133,12 @@ class _Fields:
         hidden: int,
         tensors_: dict[int, str],
         arrays: dict[int, str] = _NO_FIELDS,
-        texts: tuple[int, ...] = (),
         integers: tuple[int, ...],
     ) -> None:
         self.hidden = _NO_PART
         self.tensors: dict[int, torch.Tensor] = {}
         self.arrays: dict[int, Array] = {}
         self.numbers: dict[int, int] = {}
-        self.texts: dict[int, str] = {}
         for number, kind, value, upto in wire.fields(buffer, at, end):
             if number == hidden:
                 wire.expect(kind, wire.BYTES, "hidden_states")
@@ -158,9 +154,6 @@ class _Fields:
             elif number in integers:
                 wire.expect(kind, wire.VARINT, f"field {number}")
                 self.numbers[number] = value
-            elif number in texts:
-                wire.expect(kind, wire.BYTES, f"field {number}")
-                self.texts[number] = wire.text(buffer, value, upto, f"field {number}")
 
     def int32(self, number: int) -> int:
         """A signed field, 0 when absent."""
@@ -181,7 +174,6 @@ class ForwardRequestCodec:
                 wire.field_varint(5, PASS if message.pass_non_finite else 0),
                 wire.field_varint(6, message.include_shared),
                 wire.field_varint(7, message.want_detail),
-                wire.field_text(8, message.request_id),
                 tensors.field(9, message.hidden_states_scale),
             )
         )
@@ -197,7 +189,6 @@ class ForwardRequestCodec:
             hidden=2,
             tensors_={3: "expert_ids", 4: "expert_weights", 9: "hidden_states_scale"},
             integers=(1, 5, 6, 7),
-            texts=(8,),
         )
         message = ForwardRequest(
             layer=got.int32(1),
@@ -207,7 +198,6 @@ class ForwardRequestCodec:
             pass_non_finite=got.numbers.get(5, 0) == PASS,
             include_shared=bool(got.numbers.get(6, 0)),
             want_detail=bool(got.numbers.get(7, 0)),
-            request_id=got.texts.get(8, ""),
             hidden_states_scale=got.tensors.get(9),
         )
         return Pending(message, got.hidden)
@@ -265,7 +255,6 @@ class ExecuteRequestCodec:
                 tensors.array_field(3, message.expert_ids),
                 tensors.array_field(4, message.expert_weights),
                 wire.field_varint(5, message.epoch),
-                wire.field_text(8, message.request_id),
                 tensors.field(9, message.hidden_states_scale),
             )
         )
@@ -282,7 +271,6 @@ class ExecuteRequestCodec:
             tensors_={9: "hidden_states_scale"},
             arrays={3: "expert_ids", 4: "expert_weights"},
             integers=(1, 5),
-            texts=(8,),
         )
         message = ExecuteRequest(
             layer=got.int32(1),
@@ -290,7 +278,6 @@ class ExecuteRequestCodec:
             expert_ids=got.arrays.get(3, _NO_ARRAY),
             expert_weights=got.arrays.get(4, _NO_ARRAY),
             epoch=got.numbers.get(5, 0),
-            request_id=got.texts.get(8, ""),
             hidden_states_scale=got.tensors.get(9),
         )
         return Pending(message, got.hidden)

@@ -1,7 +1,6 @@
 """How much one stream may have in flight, on the side that sends. Pure.
 
-A server says it in its first message; until then a small default holds. A server whose first
-message says nothing knows no credit, and takes what comes until it is full.
+A server says it in its first message; until then a small default holds.
 """
 
 from __future__ import annotations
@@ -26,15 +25,9 @@ class CreditGate:
         self._send = send
         self._frames: float = _INITIAL_FRAMES
         self._bytes: float = _INITIAL_BYTES
-        self._heard = False
         self._sent: dict[int, int] = {}  # bytes by frame
         self._sent_bytes = 0
         self._waiting: deque[tuple[int, int, Iterator[Message]]] = deque()
-
-    @property
-    def heard(self) -> bool:
-        """Whether the server has said anything yet."""
-        return self._heard
 
     def put(self, frame_id: int, size: int, messages: Iterator[Message]) -> None:
         """Sends a frame of that many bytes now, or when there is credit."""
@@ -53,14 +46,7 @@ class CreditGate:
 
     def grant(self, frames: int, bytes_: int) -> None:
         """What the server allows from now on."""
-        self._heard = True
         self._frames, self._bytes = max(1, frames), bytes_
-        self._let_through()
-
-    def lift(self) -> None:
-        """The server knows no credit: nothing waits any more."""
-        self._heard = True
-        self._frames = self._bytes = float("inf")
         self._let_through()
 
     def _let_through(self) -> None:

@@ -79,7 +79,6 @@ class FrameStream:
         self._last_id = 0
         self._outbox = Outbox()
         self._lane = self._outbox  # what frames are sent through from now on
-        self._first: Outbox | None = None  # what the first frame was sent through
         self._connection: DataConnection | None = None
         self._credit = CreditGate(self._send)
         self._tasks = TaskSet()
@@ -156,7 +155,6 @@ class FrameStream:
         waiter = self._waiters.get(frame_id)
         if waiter is not None:  # else the stream has broken
             waiter.outbox = self._lane
-            self._first = self._first or self._lane
             self._lane.put(frame_id, messages)
 
     @property
@@ -320,8 +318,6 @@ class FrameStream:
         if isinstance(message, frames.Credit):
             self._credit.grant(message.frames, message.bytes)
             return
-        if not self._credit.heard and lane is self._first:  # what says nothing comes there first
-            self._credit.lift()
         waiter = self._waiters.get(message.frame_id)
         if isinstance(message, frames.Returned) or (waiter is None and _is_shared(message)):
             if self._lender is not None:

@@ -69,22 +69,20 @@ class LayerSlots(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ExecuteRequest(_message.Message):
-    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "epoch", "request_id", "hidden_states_scale")
+    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "epoch", "hidden_states_scale")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
     EXPERT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_SCALE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     hidden_states: _tensor_pb2.Tensor
     expert_ids: _tensor_pb2.Tensor
     expert_weights: _tensor_pb2.Tensor
     epoch: int
-    request_id: str
     hidden_states_scale: _tensor_pb2.Tensor
-    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., epoch: _Optional[int] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ExecuteResponse(_message.Message):
     __slots__ = ("hidden_states", "queue_us", "compute_us", "hidden_states_scale")

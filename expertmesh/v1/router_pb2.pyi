@@ -85,7 +85,7 @@ class GateSettings(_message.Message):
     def __init__(self, score: _Optional[str] = ..., n_group: _Optional[int] = ..., topk_group: _Optional[int] = ..., group_score: _Optional[str] = ..., renormalize: bool = ..., renormalize_eps: _Optional[float] = ..., scale: _Optional[float] = ..., logits_float32: bool = ..., round_weights: bool = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
-    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "non_finite_policy", "include_shared", "want_detail", "request_id", "hidden_states_scale")
+    __slots__ = ("layer", "hidden_states", "expert_ids", "expert_weights", "non_finite_policy", "include_shared", "want_detail", "hidden_states_scale")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
     EXPERT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -93,7 +93,6 @@ class ForwardRequest(_message.Message):
     NON_FINITE_POLICY_FIELD_NUMBER: _ClassVar[int]
     INCLUDE_SHARED_FIELD_NUMBER: _ClassVar[int]
     WANT_DETAIL_FIELD_NUMBER: _ClassVar[int]
-    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_STATES_SCALE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     hidden_states: _tensor_pb2.Tensor
@@ -102,9 +101,8 @@ class ForwardRequest(_message.Message):
     non_finite_policy: _tensor_pb2.NonFinitePolicy
     include_shared: bool
     want_detail: bool
-    request_id: str
     hidden_states_scale: _tensor_pb2.Tensor
-    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., non_finite_policy: _Optional[_Union[_tensor_pb2.NonFinitePolicy, str]] = ..., include_shared: bool = ..., want_detail: bool = ..., request_id: _Optional[str] = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    def __init__(self, layer: _Optional[int] = ..., hidden_states: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_ids: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., expert_weights: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., non_finite_policy: _Optional[_Union[_tensor_pb2.NonFinitePolicy, str]] = ..., include_shared: bool = ..., want_detail: bool = ..., hidden_states_scale: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
     __slots__ = ("hidden_states", "expert_ids", "expert_weights", "bias_version", "epoch", "retried_pairs", "hidden_states_scale")

@@ -93,7 +93,6 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
             pass_non_finite=True,
             include_shared=True,
             want_detail=True,
-            request_id="grüße-1",
         ),
         router_pb2.ForwardRequest(
             layer=61,
@@ -103,7 +102,6 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
             non_finite_policy=tensor_pb2.NON_FINITE_POLICY_PASS,
             include_shared=True,
             want_detail=True,
-            request_id="grüße-1",
         ),
     ),
     "forward request, defaults": (
@@ -142,13 +140,11 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
     ),
     "forward request in FP8": (
         FORWARD_REQUEST,
-        ForwardRequest(
-            layer=1, hidden_states=FP8, request_id="before the scale", hidden_states_scale=SCALE
-        ),
+        ForwardRequest(layer=1, hidden_states=FP8, want_detail=True, hidden_states_scale=SCALE),
         router_pb2.ForwardRequest(
             layer=1,
             hidden_states=as_proto(FP8),
-            request_id="before the scale",
+            want_detail=True,
             hidden_states_scale=as_proto(SCALE),
         ),
     ),
@@ -166,7 +162,6 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
             hidden_states=FP8,
             expert_ids=IDS.numpy(),
             expert_weights=WEIGHTS.numpy(),
-            request_id="r",
             hidden_states_scale=SCALE,
         ),
         expert_pb2.ExecuteRequest(
@@ -174,7 +169,6 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
             hidden_states=as_proto(FP8),
             expert_ids=as_proto(IDS),
             expert_weights=as_proto(WEIGHTS),
-            request_id="r",
             hidden_states_scale=as_proto(SCALE),
         ),
     ),
@@ -193,7 +187,6 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
             expert_ids=IDS.numpy(),
             expert_weights=WEIGHTS.numpy(),
             epoch=1 << 63,
-            request_id="r",
         ),
         expert_pb2.ExecuteRequest(
             layer=3,
@@ -201,7 +194,6 @@ PAIRS: dict[str, tuple[Any, Any, Any]] = {
             expert_ids=as_proto(IDS),
             expert_weights=as_proto(WEIGHTS),
             epoch=1 << 63,
-            request_id="r",
         ),
     ),
     "execute response": (
@@ -305,7 +297,7 @@ def test_unpacked_shapes_are_read() -> None:
 
 def test_fields_in_another_order_are_read() -> None:
     parts = [
-        wire.field_text(8, "r"),
+        wire.field_varint(7, 1),
         tensors.field(4, WEIGHTS),
         tensors.field(3, IDS),
         tensors.field(2, drawn(3, 8)),
@@ -314,7 +306,7 @@ def test_fields_in_another_order_are_read() -> None:
 
     got = decode_whole(FORWARD_REQUEST, b"".join(parts), LIMIT)
 
-    assert (got.layer, got.request_id) == (9, "r")
+    assert (got.layer, got.want_detail) == (9, True)
     assert same(got.hidden_states, drawn(3, 8))
     assert same(got.expert_ids, IDS)
     assert same(got.expert_weights, WEIGHTS)
@@ -402,8 +394,8 @@ SIZES = [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES, 5
 
 @pytest.mark.parametrize("nbytes", SIZES)
 def test_request_frames_are_the_bytes_that_generated_code_writes(nbytes) -> None:
-    message = ForwardRequest(layer=2, hidden_states=sized(nbytes), request_id="after the elements")
-    body = router_pb2.ForwardRequest(layer=2, request_id="after the elements")
+    message = ForwardRequest(layer=2, hidden_states=sized(nbytes), include_shared=True)
+    body = router_pb2.ForwardRequest(layer=2, include_shared=True)
 
     encoded = frames.encode(FORWARD_REQUEST, message, BIG_ID, 1_500_000, "00-ab-cd-01")
     written = [frames.joined(each) for each in encoded]
@@ -707,12 +699,18 @@ def test_a_tensor_without_elements_but_with_huge_extents_is_ours_to_refuse(shape
         (b"\x12\x05abc", "wants 5 bytes but 3 are left"),
         (b"\x0a\x00", "layer has wire type 2, expected 0|field 1 has wire type 2, expected 0"),
         (b"\x10\x01", "hidden_states has wire type 0, expected 2"),
-        (b"\x42\x01\xff", "not valid UTF-8"),
     ],
 )
 def test_bytes_that_are_no_such_message_are_refused(buffer, says) -> None:
     with pytest.raises(InvalidRequestError, match=says):
         FORWARD_REQUEST.decode(buffer, 0, len(buffer), LIMIT)
+
+
+def test_an_errors_text_that_is_no_utf_8_is_refused() -> None:
+    buffer = wire.field_bytes(3, b"\xff")
+
+    with pytest.raises(InvalidRequestError, match="not valid UTF-8"):
+        frames.decode_error(buffer, 0, len(buffer))
 
 
 def test_a_stream_message_without_a_kind_is_refused() -> None:

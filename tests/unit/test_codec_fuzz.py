@@ -49,7 +49,6 @@ VALID = [
             expert_weights=WEIGHTS,
             pass_non_finite=True,
             want_detail=True,
-            request_id="request",
         ),
     ),
     encode_whole(
@@ -242,7 +241,6 @@ def test_hand_decoding_refuses_or_agrees_with_generated_code(buffer) -> None:
         pytest.fail(f"ours reads {buffer!r}, protobuf says {error}")
     message = ours._message
     assert message.layer == generated.layer
-    assert message.request_id == generated.request_id
     assert message.include_shared == generated.include_shared
     assert message.want_detail == generated.want_detail
 
