@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from expert_service.kernels.block_product import BlockProduct
 from expert_service.kernels.onednn_cpu import fall_back, has_tiles
 from expertmesh.kernels.compiling import Library, Matrix, has_compiler, has_dot
 
@@ -21,24 +22,6 @@ KERNEL_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 #: More rows of an expert are left to oneDNN where its instructions do more a cycle (AMX), or ours
 #: have to widen bfloat16 first. So few are multiplied sooner than their weights are read.
 _FEW_ROWS = 4
-
-
-class Job(NamedTuple):
-    """Some rows times some blocks of one matrix or two.
-
-    At `side`, a matrix of bytes has a float32 scale for each output and an int32 by which its sums
-    are too big because rows are unsigned: [N / 64, 2, 64].
-    """
-
-    place: int  # of the first row; the others are at the places after it
-    rows: int
-    matrix: int  # addresses
-    second: int
-    first: int  # block
-    stop: int
-    groups: int  # of inputs, 32 bits each, in a row of a matrix
-    side: int  # addresses
-    second_side: int
 
 
 class Rows(NamedTuple):
@@ -88,12 +71,17 @@ class Kernels:
         self._sum = functions("sum", "iipippppi")
         self._round = functions("round", "iipiipip")
 
-    def gate_up(self, x_RH: Rows, rows_S: int, h_SI: Matrix, jobs: Sequence[Job]) -> None:
+    def gate_up(self, x_RH: Rows, rows_S: int, h_SI: Matrix, jobs: Sequence[BlockProduct]) -> None:
         """h = silu(matrix @ x) * (second @ x) at the jobs' places, whose rows are at `rows_S`."""
         self._gate_up(_array(jobs), len(jobs), *x_RH.values, rows_S, x_RH.scales, *h_SI)
 
     def down(
-        self, dtype: torch.dtype, h_SI: Rows, identity_S: int, y_SH: Matrix, jobs: Sequence[Job]
+        self,
+        dtype: torch.dtype,
+        h_SI: Rows,
+        identity_S: int,
+        y_SH: Matrix,
+        jobs: Sequence[BlockProduct],
     ) -> None:
         """y = matrix @ h at the jobs' places; `identity_S` has each place's own number."""
         self._down[dtype](_array(jobs), len(jobs), *h_SI.values, identity_S, h_SI.scales, *y_SH)
@@ -119,8 +107,8 @@ class Kernels:
         self._round[dtype](start, stop, *x, blocks, *out.values, out.scales)
 
 
-def _array(jobs: Sequence[Job]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * (len(jobs) * len(Job._fields)))(*chain.from_iterable(jobs))
+def _array(jobs: Sequence[BlockProduct]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * (len(jobs) * len(BlockProduct._fields)))(*chain.from_iterable(jobs))
 
 
 @functools.cache

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 
 from expert_service.kernels.avx512 import (
-    Job,
     Kernels,
     Pairs,
     Rows,
     compile_kernels,
     is_packed_at,
 )
+from expert_service.kernels.block_product import BlockProduct
 from expert_service.kernels.crew import Crew
 from expert_service.kernels.grouping import Block, BlockSizes, group_by_expert
 from expert_service.kernels.huge_pages import use_huge_pages
@@ -72,7 +72,7 @@ class InBlocks(NamedTuple):
 
     width: int  # I
     matrices: Sequence[int]
-    sides: Sequence[int]  # see `Job`; 0 where there is none
+    sides: Sequence[int]  # see `BlockProduct`; 0 where there is none
     kept: Any
 
 
@@ -213,8 +213,8 @@ class Avx512Experts:
         identity_S: int,
         y_SH: Matrix,
         y_dtype: torch.dtype,
-        gate_up: Sequence[Job],
-        down: Sequence[Job],
+        gate_up: Sequence[BlockProduct],
+        down: Sequence[BlockProduct],
     ) -> None:
         """The places of some neighbours, from x to y, on the calling thread."""
         first, stop = down[0].place, down[-1].place + down[-1].rows
@@ -224,7 +224,7 @@ class Avx512Experts:
             self._round(h, job)
         self._kernels.down(y_dtype, h.rows, identity_S, y_SH, down)
 
-    def _round(self, h: _Intermediate, job: Job) -> None:
+    def _round(self, h: _Intermediate, job: BlockProduct) -> None:
         """The intermediate of a job of `down` in bytes, if weights are so."""
         if self._in_bytes:
             blocks, stop = job.groups * self._group // BLOCK, job.place + job.rows
@@ -232,18 +232,22 @@ class Avx512Experts:
 
     def _jobs(
         self, experts: Mapping[int, InBlocks], blocks: Sequence[Block], hidden: int
-    ) -> tuple[list[Job], list[Job]]:
+    ) -> tuple[list[BlockProduct], list[BlockProduct]]:
         """For both halves of an expert's work, a job for each of its blocks of rows."""
         gate_up, down = [], []
         inputs, outputs = hidden // self._group, hidden // BLOCK
         for expert, start, stop in blocks:
             rows = stop - start
             width, (gate, up, out), (first, second, third), _ = experts[expert]
-            gate_up.append(Job(start, rows, gate, up, 0, width // BLOCK, inputs, first, second))
-            down.append(Job(start, rows, out, 0, 0, outputs, width // self._group, third, 0))
+            gate_up.append(
+                BlockProduct(start, rows, gate, up, 0, width // BLOCK, inputs, first, second)
+            )
+            down.append(
+                BlockProduct(start, rows, out, 0, 0, outputs, width // self._group, third, 0)
+            )
         return gate_up, down
 
-    def _width(self, down: Sequence[Job]) -> int:
+    def _width(self, down: Sequence[BlockProduct]) -> int:
         """The widest intermediate of some jobs."""
         return self._group * max(job.groups for job in down)
 
@@ -277,7 +281,7 @@ class Avx512Experts:
 
 
 def _side(rounded: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
-    """What a matrix of bytes has beside its blocks: see `Job`."""
+    """What a matrix of bytes has beside its blocks: see `BlockProduct`."""
     excess_N = ZERO * rounded.sum(dim=1, dtype=torch.int32)
     both = scale_N.view(torch.int32).view(-1, BLOCK), excess_N.view(-1, BLOCK)
     return torch.stack(both, dim=1)

@@ -1,6 +1,6 @@
 """Generates LLVM code for AVX-512: what experts are computed with.
 
-All functions take whole jobs (`avx512.Job`); addresses and numbers are i64.
+All functions take whole jobs (`BlockProduct`); addresses and numbers are i64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from expert_service.kernels.avx512 import Job
+from expert_service.kernels.block_product import BlockProduct
 from expertmesh.kernels.avx512_products import (
     BITS,
     PANEL,
@@ -232,8 +232,8 @@ def _panels(
     """For every job, each of its blocks, and rows as many as `PANEL` at a time: the job's fields,
     the block's number, the first row's place and how many they are."""
     with loop(builder, count) as (number, _, _):
-        start = element_at(builder, jobs, builder.mul(number, i64(len(Job._fields))), I64)
-        job = {name: load(builder, start, I64, at) for at, name in enumerate(Job._fields)}
+        start = element_at(builder, jobs, builder.mul(number, i64(len(BlockProduct._fields))), I64)
+        job = {name: load(builder, start, I64, at) for at, name in enumerate(BlockProduct._fields)}
         with (
             loop(builder, job["stop"], start=job["first"]) as (block, _, _),
             loop(builder, job["rows"], step=PANEL) as (done, _, _),

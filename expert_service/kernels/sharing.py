@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expert_service.kernels.avx512 import Job
+from expert_service.kernels.block_product import BlockProduct
 from expertmesh.kernels.compiling import BLOCK
 
 #: A block's arithmetic for so many rows takes as long as its reading, which other threads do, too
@@ -15,12 +15,12 @@ from expertmesh.kernels.compiling import BLOCK
 _READ_ROWS = 14
 
 
-def cost_of(job: Job) -> float:
+def cost_of(job: BlockProduct) -> float:
     """Of all blocks of one matrix of the job, in bytes."""
     return (job.stop - job.first) * _block_cost(job)
 
 
-def _block_cost(job: Job) -> float:
+def _block_cost(job: BlockProduct) -> float:
     return 4 * BLOCK * job.groups * max(1.0, job.rows / _READ_ROWS)
 
 
@@ -46,10 +46,10 @@ def share(costs: Sequence[float], parts: int, tolerance: float) -> list[slice] |
     return [slice(max(starts[: at + 1]), stop) for at, stop in enumerate(stops) if stop]
 
 
-def cut(jobs: Sequence[Job], parts: int) -> list[list[Job]]:
+def cut(jobs: Sequence[BlockProduct], parts: int) -> list[list[BlockProduct]]:
     """The same blocks in the same order, in at most `parts` runs of about equal cost."""
     share_cost = sum(cost_of(job) for job in jobs) / parts
-    runs: list[list[Job]] = [[]]
+    runs: list[list[BlockProduct]] = [[]]
     room = share_cost
     for job in jobs:
         first, each = job.first, _block_cost(job)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from expertmesh.errors import ConfigError
-
-if TYPE_CHECKING:
-    from expertmesh.huggingface.attachment import Attachment
 
 #: The name of `config._experts_implementation` in a model that gates by itself.
 IMPLEMENTATION = "expertmesh"
@@ -29,6 +26,21 @@ def refuse_to_save(*args: object, **kwargs: object) -> NoReturn:
         "is saved without them loads with random ones. Copy the folder that the cluster serves, or "
         "load the model without attaching it and save that; save adapters before attaching"
     )
+
+
+class RemoteLayers(Protocol):
+    """What the modules ask for their results: an `Attachment`."""
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layer: int,
+        expert_ids: torch.Tensor | None = None,
+        expert_weights: torch.Tensor | None = None,
+        shared: bool = False,
+    ) -> torch.Tensor:
+        """One feed-forward layer of the cluster. Raises MeshError."""
+        ...
 
 
 class StandIn(nn.Module):
@@ -52,7 +64,7 @@ class StandIn(nn.Module):
 class RemoteFeedForward(StandIn):
     """A dense layer, or a MoE block with its gate."""
 
-    def __init__(self, attachment: Attachment, layer: int) -> None:
+    def __init__(self, attachment: RemoteLayers, layer: int) -> None:
         super().__init__()
         self.attachment = attachment
         self.layer = layer
@@ -75,7 +87,7 @@ class RemoteExperts(StandIn):
     """
 
     def __init__(
-        self, config: Any, attachment: Attachment, layer: int, has_shared_expert: bool
+        self, config: Any, attachment: RemoteLayers, layer: int, has_shared_expert: bool
     ) -> None:
         super().__init__()
         self.attachment = attachment
@@ -127,7 +139,7 @@ class _Detached(torch.autograd.Function):
     """A result without gradients, which `backward` refuses instead of treating as constant."""
 
     @staticmethod
-    def forward(ctx: Any, attachment: Attachment, layer: int, *args: Any) -> torch.Tensor:
+    def forward(ctx: Any, attachment: RemoteLayers, layer: int, *args: Any) -> torch.Tensor:
         return attachment.forward(args[0], layer, *args[1:])
 
     @staticmethod

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from benchmarks.harness import relative_error
 from expert_service.kernels import avx512, avx512_experts
-from expert_service.kernels.avx512 import Job, Kernels, Pairs, Rows, compile_kernels
+from expert_service.kernels.avx512 import Kernels, Pairs, Rows, compile_kernels
+from expert_service.kernels.block_product import BlockProduct
 from expert_service.kernels.onednn import OneDnnBackend
 from expert_service.kernels.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
@@ -73,7 +74,7 @@ def test_gate_up_is_swiglu_without_its_last_product(kernels: Kernels, rows: int)
     order = torch.randperm(70)[:rows]
     h = torch.full((rows, I), torch.nan, dtype=torch.bfloat16)
 
-    job = Job(0, rows, gate.address, up.address, 0, I // 64, H // 2, 0, 0)
+    job = BlockProduct(0, rows, gate.address, up.address, 0, I // 64, H // 2, 0, 0)
     kernels.gate_up(Rows(_address(x), 0), order.data_ptr(), _address(h), [job])
 
     wide = x[order].float()
@@ -91,7 +92,9 @@ def test_down_writes_the_blocks_and_places_of_its_jobs_only(
     y = torch.full((40, H), 7.0, dtype=dtype)
     identity = torch.arange(40)
 
-    jobs = [Job(10, rows, down.address, 0, first, first + 1, I // 2, 0, 0) for first in (0, 2)]
+    jobs = [
+        BlockProduct(10, rows, down.address, 0, first, first + 1, I // 2, 0, 0) for first in (0, 2)
+    ]
     kernels.down(dtype, Rows(_address(h), 0), identity.data_ptr(), _address(y), jobs)
 
     expected = torch.full((40, H), 7.0, dtype=dtype)
@@ -135,7 +138,7 @@ def test_silu_is_right_from_end_to_end_of_its_range(kernels: Kernels) -> None:
     h = torch.empty(len(x), 64, dtype=torch.bfloat16)
     identity = torch.arange(len(x))
 
-    job = Job(0, len(x), gate.address, up.address, 0, 1, 64, 0, 0)
+    job = BlockProduct(0, len(x), gate.address, up.address, 0, 1, 64, 0, 0)
     kernels.gate_up(Rows(_address(x), 0), identity.data_ptr(), _address(h), [job])
 
     exact = torch.nn.functional.silu(x[:, :64].double())
@@ -153,7 +156,7 @@ def test_a_row_that_is_not_finite_is_seen_and_stays_alone(kernels: Kernels, valu
     h = torch.zeros(7, I, dtype=torch.bfloat16)
     identity = torch.arange(7)
 
-    job = Job(0, 7, gate.address, up.address, 0, I // 64, H // 2, 0, 0)
+    job = BlockProduct(0, 7, gate.address, up.address, 0, I // 64, H // 2, 0, 0)
     kernels.gate_up(Rows(_address(x), 0), identity.data_ptr(), _address(h), [job])
 
     assert [row for row in range(7) if not h[row].isfinite().all()] == [3]

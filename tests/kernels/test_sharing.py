@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_service.kernels.avx512 import Job
+from expert_service.kernels.block_product import BlockProduct
 from expert_service.kernels.sharing import cost_of, cut, share
 
 _JOBS = st.lists(
     st.builds(
-        lambda rows, blocks, groups: Job(0, rows, 1, 2, 0, blocks, groups, 3, 4),
+        lambda rows, blocks, groups: BlockProduct(0, rows, 1, 2, 0, blocks, groups, 3, 4),
         st.integers(1, 96),
         st.integers(1, 40),
         st.sampled_from([32, 704, 1024]),
@@ -20,12 +20,14 @@ _JOBS = st.lists(
 )
 
 
-def _block_cost(job: Job) -> float:
+def _block_cost(job: BlockProduct) -> float:
     return cost_of(job) / (job.stop - job.first)
 
 
 @given(jobs=_JOBS, parts=st.integers(1, 16))
-def test_every_block_of_every_job_is_in_one_run_in_its_order(jobs: list[Job], parts: int) -> None:
+def test_every_block_of_every_job_is_in_one_run_in_its_order(
+    jobs: list[BlockProduct], parts: int
+) -> None:
     runs = cut(jobs, parts)
 
     blocks = [(job.rows, block) for job in jobs for block in range(job.stop)]
@@ -35,7 +37,9 @@ def test_every_block_of_every_job_is_in_one_run_in_its_order(jobs: list[Job], pa
 
 
 @given(jobs=_JOBS, parts=st.integers(1, 16))
-def test_no_run_is_dearer_than_its_share_by_more_than_a_block(jobs: list[Job], parts: int) -> None:
+def test_no_run_is_dearer_than_its_share_by_more_than_a_block(
+    jobs: list[BlockProduct], parts: int
+) -> None:
     runs = cut(jobs, parts)
 
     share_cost = sum(map(cost_of, jobs)) / parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,30 @@ def test_a_confined_module_is_imported_only_where_it_belongs(module: str) -> Non
 def test_deciding_code_has_no_network_no_clock_and_no_environment() -> None:
     assert {source for source, _ in IMPORTS} >= set(PURE)
     assert [each for each in IMPORTS if each[0] in PURE and _is_within(each[1], IMPURE)] == []
+
+
+def _modules() -> dict[str, str]:
+    """Files by the dotted name of their module."""
+    return {
+        source.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
+        for source in _sources()
+    }
+
+
+def test_no_imports_go_round_in_a_circle() -> None:
+    """Also none inside functions or for type checkers: who reads one file must read the other."""
+    modules = _modules()
+    uses: dict[str, set[str]] = {source: set() for source in modules.values()}
+    for source, name in IMPORTS:
+        used = modules.get(name) or modules.get(name.rpartition(".")[0])
+        if used is not None and used != source:
+            uses[source].add(used)
+    sorter = graphlib.TopologicalSorter(uses)
+
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_imports_are_absolute() -> None:
