@@ -44,20 +44,10 @@ from expert_service.kernels.triton_backend_tiles import TileChoice
 from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_matrices import ExpertMatrices
 from expert_service.kernels.triton_tables import read_tables
-from expertmesh import gating
-from expertmesh.model import GateSpec
-from router_service.kernels.gate_topk import gate_topk
 
 #: Of outputs, relative to their norm. w8a8 rounds activations to 4 bits.
 TOLERANCE: dict[Weights, float] = {"bf16": 1e-2, "w8a16": 1e-2, "w8a8": 6e-2}
-_GATE_TOLERANCE = 1e-5
 _FEW_TOKENS = 128  # above, a batch hits every expert: more weights than a cache holds
-_GATE_US = 15.0
-_GATE_SIZE, _TINY_GATE = (1024, 256), (40, 64)  # tokens, experts
-_GATE = GateSpec(
-    score="sigmoid", top_k=8, n_group=8, topk_group=4, group_score="top2_sum",
-    renormalize=True, renormalize_eps=1e-20, scale=2.5,
-)  # fmt: skip
 _OURS = "ours"
 _SAYS = """\
 Microseconds of one call, medians. `floor`: the bytes of the weights of hit experts and of the rows,
@@ -225,35 +215,6 @@ def _measure(
     _add_times(bench, case, times, floor, must, {"TFLOP/s": rate}, peers_us)
 
 
-def _measure_gate(bench: Bench) -> None:
-    """gate_topk from logits: the device's form of `expertmesh.gating.select`."""
-    tokens, experts = _TINY_GATE if bench.rehearsing else _GATE_SIZE
-    case = f"gate_topk T={tokens} E={experts}"
-    generator = torch.Generator(bench.device).manual_seed(0)
-    batches = [
-        torch.randn(tokens, experts, generator=generator, device=bench.device)
-        for _ in range(bench.arguments.sets)
-    ]
-    bias = torch.randn(experts, generator=generator, device=bench.device) * 0.1
-
-    def dense(routing: gating.Routing) -> torch.Tensor:
-        table = torch.zeros(tokens, experts)
-        return table.scatter_(1, routing.expert_ids.cpu().long(), routing.weights.cpu())
-
-    expected = dense(gating.select(batches[0].cpu(), _GATE, bias.cpu()))
-    actual = dense(gate_topk(batches[0], _GATE, bias))
-    if not torch.equal(actual != 0, expected != 0):
-        raise WrongOutputError(f"{case}: the sets of ids differ")
-    bench.report.gate(case, actual, expected, _GATE_TOLERANCE)
-    if bench.rehearsing:
-        bench.report.add(case, sides=_OURS)
-        return
-    calls = [lambda batch=batch: gate_topk(batch, _GATE, bias).weights for batch in batches]
-    times = _time(bench, case, {_OURS: calls})
-    floor = tokens * experts * 4 / bench.chip.bytes_per_s * 1e6
-    _add_times(bench, case, times, (floor, "memory"), _GATE_US, {"TFLOP/s": "–"}, {})
-
-
 def _add_times(
     bench: Bench, case: str, times: dict[str, float], floor: tuple[float, str], must: float | None,
     more: dict[str, object], peers_us: dict[str, float],
@@ -325,10 +286,6 @@ def _run(bench: Bench) -> None:
                     _measure(bench, shard, weights, count, ours, matrices, others)
                 except (WrongOutputError, ValueError, RuntimeError) as error:
                     _fail(bench, _case(bench, shard, weights, count), error)
-    try:
-        _measure_gate(bench)
-    except (WrongOutputError, ValueError, RuntimeError) as error:
-        _fail(bench, "gate_topk", error)
 
 
 def _fail(bench: Bench, case: str, error: Exception) -> None:

@@ -44,8 +44,6 @@ from expert_service.kernels.triton_experts import grouped_swiglu_experts
 from expert_service.kernels.triton_matrices import FP8, ExpertMatrices, scale_shape
 from expert_service.kernels.triton_tables import TABLES, TileTable, read_tables
 from expert_service.kernels.triton_tiles import rule_tiles_for
-from expertmesh.model import GateSpec
-from router_service.kernels import gate_topk
 
 SHARED_BYTES = 227 * 1024  # of a program on sm_90
 WIDE = 16  # bytes of the widest load
@@ -58,29 +56,9 @@ KERNELS = {
     "gate_up": (triton_gate_up, "_gate_up_kernel"),
     "down": (triton_down, "_down_kernel"),
     "reduce": (triton_reduce, "_reduce_kernel"),
-    "gate_topk": (gate_topk, "_gate_topk_kernel"),
 }
 #: Matrices of which a program loads tiles, and the argument that holds the first.
 WEIGHTS = {"gate_up": (2, "gate_ptr"), "down": (1, "down_ptr")}
-#: The gates of the models whose shards the tables are for, and their experts.
-GATES = (
-    (
-        256,
-        GateSpec(
-            score="sigmoid",
-            top_k=8,
-            n_group=8,
-            topk_group=4,
-            group_score="top2_sum",
-            renormalize=True,
-            renormalize_eps=1e-20,
-            scale=2.5,
-        ),
-    ),
-    (128, GateSpec(score="softmax", top_k=8, renormalize=True)),
-    (64, GateSpec(score="softmax", top_k=6)),
-    (8, GateSpec(score="softmax", top_k=2, renormalize=True)),
-)
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -231,7 +209,7 @@ def by_the_rule(table: TileTable) -> TileTable:
 
 
 def launches_of(tables: Iterable[TileTable]) -> list[Launch]:
-    """Every distinct launch of the tables, of the rule and of the gates.
+    """Every distinct launch of the tables and of the rule.
 
     The rule is taken for the tables' shards, and for one expert of each: few programs.
     """
@@ -240,10 +218,6 @@ def launches_of(tables: Iterable[TileTable]) -> list[Launch]:
             _launch_experts(table)
             _launch_experts(by_the_rule(table))
             _launch_experts(by_the_rule(replace(table, experts=1, top_k=1)))
-        for experts, spec in GATES:
-            for dtype in (torch.float32, torch.bfloat16):
-                logits = torch.empty(1024, experts, dtype=dtype)
-                gate_topk.gate_topk(logits, spec, torch.empty(experts))
     return list(launches)
 
 
@@ -320,8 +294,8 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 _PAGE = """# Kernels compiled for sm_90, without a GPU
 
 `make check-sm90` with Triton {triton}: {count} configurations, {faulty} of them faulty. They are
-all that the shipped tables, the tile rule for the same shards and for one of their experts, and the
-gates of their models come to. Nothing was run: this page holds no times.
+all that the shipped tables and the tile rule for the same shards and for one of their experts come
+to. Nothing was run: this page holds no times.
 
 Checked: no spilled registers, at most 227 KiB of shared memory, `wgmma` in tiles of 64 rows or
 more, and weights loaded 16 bytes at a time (counted in the PTX).

@@ -37,7 +37,7 @@ ONLY_IN = {
         "tests/",
     ),
     "prometheus_client": ("expertmesh/telemetry/", "tests/"),
-    "triton": ("expert_service/kernels/", "router_service/kernels/", "tests/", "benchmarks/"),
+    "triton": ("expert_service/kernels/", "tests/", "benchmarks/"),
     # The demo shows that the cluster and the model in process write the same text.
     "transformers": (
         "expertmesh/huggingface/",
