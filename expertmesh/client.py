@@ -172,7 +172,10 @@ class AsyncMesh(_Connected):
             response = await self._forward(request, deadline)
         else:
             response = await ask_narrow(
-                request, self._wire_dtype, "a router", lambda: self._forward(request, deadline)
+                request,
+                self._wire_dtype,
+                "a router",
+                lambda narrowed: self._forward(narrowed, deadline),
             )
         output = response.hidden_states
         if output.shape == hidden.shape and output.device == hidden.device:

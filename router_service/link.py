@@ -114,7 +114,7 @@ class ServerLink:
             request,
             self._wire_dtype,
             who,
-            lambda: stream.begin(request, deadline),
+            lambda narrowed: stream.begin(narrowed, deadline),
             dispatch.partial_dtype,
         )
         return asyncio.ensure_future(asked)

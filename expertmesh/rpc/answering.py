@@ -12,6 +12,9 @@ from typing import Any
 from expertmesh.errors import CancelledRequestError, DeadlineError, InternalError, MeshError
 from expertmesh.rpc.deadline import Deadline
 
+#: Answers one request of an RPC: (request, deadline) -> response.
+Handler = Callable[[Any, Deadline], Awaitable[Any]]
+
 _log = logging.getLogger(__name__)
 UNANSWERED = DeadlineError(
     "the answer was not complete before the deadline: allow more time, or send fewer rows"
@@ -33,9 +36,7 @@ def forget(failure: BaseException) -> None:
             left += each.exceptions
 
 
-async def answer_in_time(
-    handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
-) -> Any:
+async def answer_in_time(handle: Handler, request: Any, deadline: Deadline) -> Any:
     """`answer`, ended with DeadlineError when the deadline passes."""
     try:
         async with asyncio.timeout(deadline.timeout):
@@ -44,9 +45,7 @@ async def answer_in_time(
         raise DeadlineError(UNANSWERED.message) from None
 
 
-async def answer(
-    handle: Callable[[Any, Deadline], Awaitable[Any]], request: Any, deadline: Deadline
-) -> Any:
+async def answer(handle: Handler, request: Any, deadline: Deadline) -> Any:
     """Calls a handler; whatever goes wrong comes out as a MeshError. Who calls minds the deadline,
     which must not have passed yet."""
     try:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from expertmesh.codec import narrow
 from expertmesh.errors import InternalError, InvalidRequestError
+from expertmesh.rpc.answering import Handler
 from expertmesh.rpc.deadline import Deadline
-from expertmesh.rpc.server import Handler
 
 _T = TypeVar("_T")
 _INLINE_ELEMENTS = 1 << 17  # some 0.2 ms: up to this a thread hop costs more than the work
@@ -28,21 +29,19 @@ async def ask_narrow(
     request: Any,
     dtype: torch.dtype,
     who: str,
-    ask: Callable[[], Awaitable[Any]],
+    ask: Callable[[Any], Awaitable[Any]],
     answer_dtype: Callable[[torch.dtype], torch.dtype] = lambda asked: asked,
 ) -> Any:
     """The answer to `request`, both of them narrowed to `dtype` on their way.
 
     The answer's hidden states come out in the type that the request's had, or in what
-    `answer_dtype` makes of it. `ask` sends the request; `who` answers it. Raises what `ask` raises,
-    and InternalError for an answer that cannot be.
+    `answer_dtype` makes of it. `ask` sends what it is given; `who` answers it. The request itself
+    stays as it is. Raises what `ask` raises, and InternalError for an answer that cannot be.
     """
     hidden = request.hidden_states
     size = hidden.numel()
-    request.hidden_states, request.hidden_states_scale = await off_loop(
-        size, narrow.narrowed, hidden, dtype
-    )
-    response = await ask()
+    narrowed, scale = await off_loop(size, narrow.narrowed, hidden, dtype)
+    response = await ask(replace(request, hidden_states=narrowed, hidden_states_scale=scale))
     answer, scale = response.hidden_states, response.hidden_states_scale
     try:
         narrow.check(answer, scale)
@@ -69,10 +68,10 @@ def widening(handle: Handler) -> Handler:
         hidden, scale = request.hidden_states, request.hidden_states_scale
         narrow.check(hidden, scale)
         size = hidden.numel()
-        request.hidden_states = await off_loop(size, narrow.widened, hidden, scale, torch.bfloat16)
-        request.hidden_states_scale = None
-        request.room = None  # what was lent has the size of FP8
-        response = await handle(request, deadline)
+        wide = await off_loop(size, narrow.widened, hidden, scale, torch.bfloat16)
+        # What was lent for the answer has the size of FP8.
+        wider = replace(request, hidden_states=wide, hidden_states_scale=None, room=None)
+        response = await handle(wider, deadline)
         response.hidden_states, response.hidden_states_scale = await off_loop(
             size, narrow.narrowed, response.hidden_states, narrow.FP8
         )

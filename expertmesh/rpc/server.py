@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -23,7 +23,7 @@ from expertmesh.errors import (
 from expertmesh.rpc import forks, status
 from expertmesh.rpc.address import format_address, parse_host
 from expertmesh.rpc.admission import OK, Admission
-from expertmesh.rpc.answering import answer_in_time
+from expertmesh.rpc.answering import Handler, answer_in_time
 from expertmesh.rpc.channel import FRAME_OPTION, max_message_bytes
 from expertmesh.rpc.data_port import DataPort
 from expertmesh.rpc.deadline import Deadline
@@ -32,7 +32,6 @@ from expertmesh.rpc.served_frames import FrameProtocol
 from expertmesh.rpc.session import FrameSession
 from expertmesh.telemetry.exposition import MetricsServer
 
-Handler = Callable[[Any, Deadline], Awaitable[Any]]
 LIVENESS = "liveness"  # what health is asked for by who restarts a process that hangs
 _CLOSE_S = 0.5  # for streams that have ended to be closed on the wire too
 

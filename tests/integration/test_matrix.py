@@ -411,12 +411,12 @@ async def _unary(
         ) -> torch.Tensor:
             request = make_request(hidden, layer, expert_ids, expert_weights, shared, "refuse")
 
-            async def ask() -> Any:
-                answer = await call(encode_whole(FORWARD_REQUEST, request), timeout=TIMEOUT_S)
+            async def ask(sent: Any) -> Any:
+                answer = await call(encode_whole(FORWARD_REQUEST, sent), timeout=TIMEOUT_S)
                 return decode_whole(FORWARD_RESPONSE, answer, 1 << 30)
 
-            response = await (ask() if wire is None else ask_narrow(request, wire, "it", ask))
-            return response.hidden_states
+            asking = ask(request) if wire is None else ask_narrow(request, wire, "it", ask)
+            return (await asking).hidden_states
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(forward(**each)) for each in asked]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +32,15 @@ def test_the_package_exports_its_client_its_configuration_and_its_errors() -> No
     }
 
     assert sorted(expertmesh.__all__) == sorted(errors | client | {"BalanceConfig"})
+
+
+def test_a_client_loads_nothing_that_only_servers_need() -> None:
+    servers = ("prometheus_client", "grpc_health.v1", "grpc_reflection.v1alpha", "ray", "llvmlite")
+    code = f"import sys, expertmesh; print([m for m in {servers} if m in sys.modules])"
+
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    assert ran.stdout == "[]\n", ran.stderr
 
 
 def test_launch_takes_what_the_design_says() -> None:
