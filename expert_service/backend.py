@@ -31,6 +31,13 @@ class Backend(Protocol):
         """Whether calls may come from several threads, one at a time."""
         ...
 
+    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+        """What an expert of so many weights, given in `dtype`, takes of the host's memory.
+
+        0 where it is held on a device with memory of its own.
+        """
+        ...
+
     def prepare(self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]) -> Any:
         """What `load` takes over without further work, where the backend can make such;
         else the weights.

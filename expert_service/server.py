@@ -127,7 +127,7 @@ class ExpertServer:
             self._runner,
             self._read_expert,
             self._memory_bytes,
-            free_host_bytes if self._backend.name.endswith("/cpu") else lambda: None,
+            free_host_bytes,
             config.load_share,
         )
         self._announcer: Announcer | None = None
@@ -248,9 +248,8 @@ class ExpertServer:
     def _memory_bytes(self, slot: Slot) -> int:
         layer = self._checkpoint.spec.layer(slot.layer)
         assert layer is not None  # the shard has checked the slot
-        itemsize = 1 if "int8" in self._backend.name else self._dtype.itemsize
-        rows = layer.width(slot.expert)
-        return 3 * rows * self._checkpoint.spec.hidden_size * itemsize
+        weights = 3 * layer.width(slot.expert) * self._checkpoint.spec.hidden_size
+        return self._backend.host_bytes(weights, self._dtype)
 
     def _read_expert(self, slot: Slot, pause: Pause = no_pause) -> ExpertWeights | Fp8ExpertWeights:
         if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):

@@ -47,7 +47,8 @@ class SlotMover:
         free_bytes: Callable[[], int | None],
         load_share: float,
     ) -> None:
-        """`slot_bytes` is a slot's size in memory; `free_bytes` what is free, None if unknown;
+        """`slot_bytes` is a slot's size in this host's memory, 0 where it is held elsewhere;
+        `free_bytes` what is free there, None if unknown;
         `load_share` what loading may take of one core while requests come."""
         self._shard = shard
         self._runner = runner
@@ -119,7 +120,7 @@ class SlotMover:
             raise InvalidRequestError(error.message, field="layers") from None
         needed = int(_ROOM * sum(map(self._slot_bytes, slots)))
         free = self._free_bytes()
-        if free is not None and needed + _SPARE_BYTES > free:
+        if needed and free is not None and needed + _SPARE_BYTES > free:
             raise NoRoomError(
                 f"{len(slots)} slots need {needed / 2**20:.0f} MiB while they load and "
                 f"{_SPARE_BYTES / 2**20:.0f} MiB are kept for others, but {free / 2**20:.0f} MiB "

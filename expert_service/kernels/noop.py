@@ -36,6 +36,10 @@ class NoopBackend:
         """See Backend."""
         return "noop/cpu"
 
+    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+        """See Backend: nothing is kept."""
+        return 0
+
     def prepare(
         self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
     ) -> ExpertWeights | Fp8ExpertWeights:

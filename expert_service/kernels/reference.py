@@ -34,6 +34,10 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._experts: dict[Slot, ExpertWeights] = {}
 
+    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+        """See Backend: tensors are kept as they are."""
+        return weights * dtype.itemsize
+
     def prepare(
         self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
     ) -> ExpertWeights | Fp8ExpertWeights:

@@ -74,6 +74,10 @@ class TritonBackend:
         self._pipeline = Pipeline(device, spec.hidden_size, dtype, self._usual_k)
         self._ready = False
 
+    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+        """See Backend."""
+        return 0
+
     def prepare(
         self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
     ) -> ExpertWeights | Fp8ExpertWeights:

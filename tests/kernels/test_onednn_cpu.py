@@ -59,6 +59,17 @@ def test_without_packed_ops_plain_torch_computes_the_same(monkeypatch: pytest.Mo
     _computes_as_the_reference(backend, torch.bfloat16)
 
 
+def test_experts_take_the_memory_of_what_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_float32 = OneDnnBackend(SPEC, torch.float32, threads=1)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", _no)
+    with pytest.warns(FallbackWarning, match="float32 is used"):
+        fallen_back = OneDnnBackend(SPEC, torch.bfloat16, threads=1)
+
+    assert in_float32.host_bytes(100, torch.float32) == 400
+    assert fallen_back.host_bytes(100, torch.bfloat16) == 400
+    assert ReferenceBackend().host_bytes(100, torch.bfloat16) == 200
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_cpu_without_a_dtype_computes_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from expert_service.slots import SlotMover
 from expertmesh.checkpoint import slot_digest
 from expertmesh.codec.messages import ExecuteRequest
 from expertmesh.config import ExpertConfig
-from expertmesh.errors import CheckpointError, UnavailableError
+from expertmesh.errors import CheckpointError, NoRoomError, UnavailableError
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSpec, Slot
 from expertmesh.rpc.deadline import Deadline
 
@@ -77,7 +77,11 @@ def weights_of(slot: Slot) -> ExpertWeights:
     return ExpertWeights(gate, up, torch.randn(H, 6, generator=generator))
 
 
-def _run(scenario: Callable[[SlotMover, DeviceRunner, ExpertShard, Reader], Awaitable[Any]]) -> Any:
+def _run(
+    scenario: Callable[[SlotMover, DeviceRunner, ExpertShard, Reader], Awaitable[Any]],
+    slot_bytes: int = 1,
+    free_bytes: int | None = None,
+) -> Any:
     backend = Backend()
     shard = ExpertShard(SPEC, [Slot(0, 0)], backend)
     shard.load(weights_of, lambda slot: None)
@@ -85,7 +89,9 @@ def _run(scenario: Callable[[SlotMover, DeviceRunner, ExpertShard, Reader], Awai
 
     async def run() -> Any:
         runner, reader = DeviceRunner(shard, 1, ExpertConfig()), Reader()
-        mover = SlotMover(shard, runner, reader, lambda slot: 1, lambda: None, load_share=1.0)
+        mover = SlotMover(
+            shard, runner, reader, lambda slot: slot_bytes, lambda: free_bytes, load_share=1.0
+        )
         try:
             return await scenario(mover, runner, shard, reader)
         finally:
@@ -106,6 +112,23 @@ def test_the_device_thread_only_takes_over_and_lets_go() -> None:
     assert digests == [slot_digest(weights_of(slot)) for slot in SLOTS]
     assert slots == (Slot(0, 0), Slot(0, 3))
     assert threads == [("prepare", "slots"), ("load", "device")] * 2 + [("drop", "device")]
+
+
+def test_slots_that_find_no_room_on_the_host_are_refused_before_they_are_read() -> None:
+    async def scenario(mover: SlotMover, _: Any, shard: ExpertShard, reader: Reader) -> Any:
+        with pytest.raises(NoRoomError, match=r"2 slots need .* MiB are free on this host"):
+            await mover.load(SLOTS)
+        return reader.reads
+
+    assert _run(scenario, slot_bytes=1, free_bytes=1 << 20)[0] == []
+
+
+def test_slots_that_are_held_on_a_device_need_no_room_on_the_host() -> None:
+    async def scenario(mover: SlotMover, _: Any, shard: ExpertShard, reader: Reader) -> Any:
+        await mover.load(SLOTS)
+        return reader.reads
+
+    assert _run(scenario, slot_bytes=0, free_bytes=1)[0] == SLOTS
 
 
 def test_requests_are_computed_while_a_slot_is_read() -> None:
