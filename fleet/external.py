@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
-from expertmesh.errors import ConfigError, DeadlineError, MeshError, UnavailableError
+from expertmesh.errors import ConfigError, DeadlineError, UnavailableError
 from expertmesh.rpc.address import parse_address
 from expertmesh.v1 import router_pb2
 from fleet import control
+from fleet.ready import Patience, Progress, get
 
 _POLL_S = 0.2
-#: Nothing new for this long while servers start: give up and say who is missing.
-STALLED_S = 180.0
-#: The same where Ray's autoscaler may first have to get a node, and that node an image.
-NODE_STALLED_S = 1200.0
 
 
 def check_controller(address: str) -> None:
@@ -34,7 +31,7 @@ def check_controller(address: str) -> None:
 
 def wait_loaded(
     servers: Mapping[str, Any],
-    progress: Callable[[router_pb2.GetStatusResponse], None] | None,
+    progress: Progress | None,
     *,
     patience_s: float,
 ) -> None:
@@ -43,18 +40,17 @@ def wait_loaded(
     """
     asked = {name: actor.status.remote() for name, actor in servers.items()}
     seen: dict[str, router_pb2.ServerStatus] = {}
-    last, moved_at = 0, time.monotonic()
+    patience = Patience(patience_s)
     while any(name not in seen or seen[name].state != "ready" for name in servers):
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_POLL_S)
         for name in [name for name, ref in asked.items() if ref in done]:
-            seen[name] = _status(asked[name], name)
+            answer = get(asked[name], f"expert server {name}")
+            seen[name] = router_pb2.ServerStatus.FromString(answer)
             asked[name] = servers[name].status.remote()
         if progress is not None and done:
             progress(router_pb2.GetStatusResponse(servers=seen.values()))
-        now = len(seen) + sum(server.loaded_bytes for server in seen.values())
-        if now != last:
-            last, moved_at = now, time.monotonic()
-        if time.monotonic() - moved_at > patience_s:
+        loaded = sum(server.loaded_bytes for server in seen.values())
+        if patience.is_over((len(seen), loaded)):
             absent = ", ".join(sorted(servers.keys() - seen.keys())) or "weights"
             raise ConfigError(
                 f"nothing has moved for {patience_s:.0f} s while waiting for {absent}: CPUs, GPUs, "
@@ -62,15 +58,3 @@ def wait_loaded(
                 "`ray status`"
             )
         time.sleep(_POLL_S)
-
-
-def _status(ref: Any, name: str) -> router_pb2.ServerStatus:
-    try:
-        return router_pb2.ServerStatus.FromString(ray.get(ref))
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, MeshError):
-            raise cause from None
-        raise ConfigError(f"expert server {name} failed: {error}") from None
-    except ray.exceptions.RayError as error:
-        raise ConfigError(f"expert server {name} could not start: {error}") from None

@@ -42,9 +42,9 @@ from fleet.arguments import (
     checked_path,
 )
 from fleet.cluster import Cluster
-from fleet.external import NODE_STALLED_S, STALLED_S, check_controller, wait_loaded
+from fleet.external import check_controller, wait_loaded
 from fleet.ports import metrics_ports
-from fleet.ready import Progress, get, wait_ready
+from fleet.ready import NODE_STALLED_S, STALLED_S, Progress, get, wait_ready
 from fleet.resources import (
     SERVICE_CPUS,
     Node,

@@ -11,11 +11,30 @@ import ray
 from expertmesh.client import connect
 from expertmesh.errors import ConfigError, DeadlineError, MeshError, UnavailableError
 from expertmesh.v1 import router_pb2
-from fleet.external import STALLED_S
 
+#: Nothing new for this long while servers start: give up and say who is missing.
+STALLED_S = 180.0
+#: The same where Ray's autoscaler may first have to get a node, and that node an image.
+NODE_STALLED_S = 1200.0
 _POLL_S = 0.1
 
 Progress = Callable[[router_pb2.GetStatusResponse], None]
+
+
+class Patience:
+    """How long to wait for something to move."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._last: object = None
+        self._moved_at = time.monotonic()
+
+    def is_over(self, seen: object) -> bool:
+        """Whether what is seen, now and in all looks for so long, is the same."""
+        now = time.monotonic()
+        if seen != self._last:
+            self._last, self._moved_at = seen, now
+        return now - self._moved_at > self.seconds
 
 
 def has_ended(ref: Any) -> bool:
@@ -57,8 +76,7 @@ def wait_ready(
     asked = {name: actor.endpoint.remote() for name, actor in servers.items()}
     started: set[str] = set()
     waiting = list(routers)
-    last: object = None
-    moved_at = time.monotonic()
+    patience = Patience(patience_s)
     while waiting:
         for name in [name for name in asked if ray.wait([asked[name]], timeout=0)[0]]:
             get(asked[name], f"expert server {name}")
@@ -73,12 +91,10 @@ def wait_ready(
             if status.ready and ready == len(servers):
                 waiting.pop(0)
                 continue
-        now = (len(started), [] if status is None else [
+        seen = (len(started), [] if status is None else [
             (server.state, server.loaded_bytes, server.connected) for server in status.servers
         ])  # fmt: skip
-        if now != last:
-            last, moved_at = now, time.monotonic()
-        if time.monotonic() - moved_at > patience_s:
+        if patience.is_over(seen):
             absent = sorted(servers.keys() - started)
             raise ConfigError(_stalled(absent, status, patience_s))
         time.sleep(_POLL_S)

@@ -77,7 +77,7 @@ class ControllerLink:
         said = self.beat.problem if self.controller_age_s <= _ALIVE_S else ""
         return f"load controller: {said}" if said else ""
 
-    async def watch(self, on_change: Callable[[], None]) -> None:
+    async def watch(self) -> None:
         """Follows the cluster's state until cancelled; asks again where it is refused."""
         while True:
             pause_s = _RECONNECT_PAUSE_S
@@ -96,7 +96,6 @@ class ControllerLink:
                         self._reported = _NEVER  # it may be another controller than the last one
                     self.connected, self.refused = True, None
                     self._apply(message)
-                    on_change()
             except grpc.aio.AioRpcError as rpc_error:
                 error = status.from_call(rpc_error, f"load controller at {self.controller}")
                 if isinstance(error, MismatchError):

@@ -104,7 +104,7 @@ class RouterServer:
         """Listens, then follows the controller. Raises ConfigError when it cannot listen."""
         await self._server.start()
         self._link.endpoint = self.address
-        self._tasks.keep(lambda: self._link.watch(lambda: None), "watch controller")
+        self._tasks.keep(self._link.watch, "watch controller")
         self._tasks.keep(self._link.report_all, "report counts")
         self._tasks.keep(self._follow_health, "follow health")
         _log.info("router at %s", self.address)

@@ -60,21 +60,31 @@ def _large_model() -> Model:
     return Model(spec, dict.fromkeys(range(LAYERS), weights), "digest", torch.float32)
 
 
+class _Watched(Router):
+    """Says when it has another snapshot."""
+
+    def __init__(self, model: Model, config: RouterConfig, heard: Callable[[Router], None]) -> None:
+        self._heard = heard
+        super().__init__(model, ExpertPool(model.digest, config), config)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "snapshot":
+            self._heard(self)
+
+
 @asynccontextmanager
 async def _routers(
     controller: ControllerServer, heard: Callable[[Router], None]
 ) -> AsyncIterator[list[Router]]:
     """Routers that follow the controller by real links, and serve nobody."""
     model, config = _large_model(), RouterConfig()
-    routers = [Router(model, ExpertPool(model.digest, config), config) for _ in range(ROUTERS)]
+    routers = [_Watched(model, config, heard) for _ in range(ROUTERS)]
     links = [
         ControllerLink(router, f"router-{index}", controller.address, config.report_every_s)
         for index, router in enumerate(routers)
     ]
-    watches = [
-        asyncio.ensure_future(link.watch(lambda router=router: heard(router)))  # type: ignore[misc]
-        for link, router in zip(links, routers, strict=True)
-    ]
+    watches = [asyncio.ensure_future(link.watch()) for link in links]
     try:
         yield routers
     finally:
