@@ -18,6 +18,7 @@ import torch
 from expert_service.device_queue import DeviceQueue, Job, Piece
 from expert_service.device_use import DeviceUse
 from expert_service.shard import ExpertShard, RowWeights
+from expertmesh import average
 from expertmesh.codec.messages import ExecuteRequest, ExecuteResponse
 from expertmesh.config import ExpertConfig
 from expertmesh.dispatch import Ids
@@ -325,7 +326,7 @@ class QuickWork:
         """Notes how long one request took."""
         size = (key, rows.bit_length())
         usual = self._usual_ns.get(size, float(took_ns))
-        self._usual_ns[size] = usual + 0.2 * (took_ns - usual)
+        self._usual_ns[size] = average.moved(usual, took_ns)
 
 
 def _set(future: asyncio.Future[Any], outcome: object) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from expertmesh import average
 from expertmesh.codec.messages import ForwardRequest
 from expertmesh.errors import MeshError
 from expertmesh.rpc.deadline import Deadline
@@ -57,7 +58,6 @@ class _Waiting:
     future: asyncio.Future[Answer]
 
 
-_LEARNT = 0.2  # how much of what a batch took enters into what is usual
 Compute = Callable[[list[Member], Deadline], Awaitable[list[Answer]]]
 
 
@@ -144,7 +144,7 @@ class LayerQueue:
     def _learn(self, took_s: float) -> None:
         """Notes how long a batch took. One that waited for a server is not what is usual."""
         usual = self._usual_s or took_s
-        self._usual_s = usual + _LEARNT * (min(took_s, 2.0 * usual) - usual)
+        self._usual_s = average.moved(usual, min(took_s, 2.0 * usual))
 
     def _look_later(self, left_s: float) -> None:
         """Has the queue looked at again in `left_s`, when a batch may start beside the newest."""

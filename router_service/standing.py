@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 
-_LEARNT = 0.2  # how much of what an answer took enters into what is usual
+from expertmesh import average
+
 _NEW_SIZE_ROW_S = 2e-3  # a row's time where neither an answer nor the server says it: a slow CPU's
 _NEW_SIZE_BYTES_PER_S = 100e6  # how fast a size not seen yet may travel: one gigabit
 _PROBE_S = 2.0  # a probe that was not answered for so long is given up, and the next one sent
@@ -79,7 +80,7 @@ class Standing:
             self._usual_s[size] = min(took_s, patience_s)
         else:  # an answer that came after a hang says nothing of what is usual
             capped_s = min(took_s, self._hedge_factor * usual_s)
-            self._usual_s[size] = usual_s + _LEARNT * (capped_s - usual_s)
+            self._usual_s[size] = average.moved(usual_s, capped_s)
         self._answered_at[size] = now
         if size < self._suspect_from or not self.suspected:
             return False
