@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from expert_service.kernels.huge_pages import use_huge_pages
+from expert_service.kernels.cpu.huge_pages import use_huge_pages
 
 READ_BYTES = 512 << 20  # many times any cache
 _SIZE = 2048

@@ -20,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from expert_service.kernels.triton_experts import grouped_swiglu_experts
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices, scale_shape
-from expert_service.kernels.triton_tiles import Precision, Tiles
+from expert_service.kernels.triton.experts import grouped_swiglu_experts
+from expert_service.kernels.triton.matrices import FP8, ExpertMatrices, scale_shape
+from expert_service.kernels.triton.tables.tiles import Precision, Tiles
 
 
 class Compilers(AbstractContextManager["Compilers"]):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from kernel_cases import Shard
 
-from expert_service.kernels.triton_matrices import FP8, SCALE_BLOCK, ExpertMatrices
+from expert_service.kernels.triton.matrices import FP8, SCALE_BLOCK, ExpertMatrices
 
 _LARGEST = 448.0  # of float8 e4m3
 

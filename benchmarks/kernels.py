@@ -40,10 +40,10 @@ from kernel_inputs import Inputs, make_inputs, make_matrices, reference, to_fp8
 from kernel_peers import Side, compiled, fits, in_bfloat16, peers
 from machine import facts, version
 
-from expert_service.kernels.triton_backend_tiles import TileChoice
-from expert_service.kernels.triton_experts import grouped_swiglu_experts
-from expert_service.kernels.triton_matrices import ExpertMatrices
-from expert_service.kernels.triton_tables import read_tables
+from expert_service.kernels.triton.backend.tiles import TileChoice
+from expert_service.kernels.triton.experts import grouped_swiglu_experts
+from expert_service.kernels.triton.matrices import ExpertMatrices
+from expert_service.kernels.triton.tables.tables import read_tables
 
 #: Of outputs, relative to their norm. w8a8 rounds activations to 4 bits.
 TOLERANCE: dict[Weights, float] = {"bf16": 1e-2, "w8a16": 1e-2, "w8a8": 6e-2}

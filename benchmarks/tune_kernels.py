@@ -31,9 +31,9 @@ from triton.runtime.errors import OutOfResources
 from tuning import TOKENS, Product, Search
 from tuning_case import Case, make_matrices
 
-from expert_service.kernels.triton_matrices import ExpertMatrices
-from expert_service.kernels.triton_tables import TABLES, TileTable, read_tables, write_table
-from expert_service.kernels.triton_tiles import Tile, rule_tiles
+from expert_service.kernels.triton.matrices import ExpertMatrices
+from expert_service.kernels.triton.tables.tables import TABLES, TileTable, read_tables, write_table
+from expert_service.kernels.triton.tables.tiles import Tile, rule_tiles
 
 Runs = Sequence[Callable[[], object]]
 #: Microseconds of one run, all of them after one another; what is surely more than the number

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from expert_service.kernels.triton_tiles import (
+from expert_service.kernels.triton.tables.tiles import (
     Precision,
     Tile,
     Tiles,

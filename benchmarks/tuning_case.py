@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 import torch
 
-from expert_service.kernels import triton_reference as reference
-from expert_service.kernels.triton_down import down
-from expert_service.kernels.triton_gate_up import gate_up
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices, scale_shape
-from expert_service.kernels.triton_quantize import Rows, quantize
-from expert_service.kernels.triton_route import Route, route, route_later
-from expert_service.kernels.triton_tables import TileTable
-from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton import reference
+from expert_service.kernels.triton.matrices import FP8, ExpertMatrices, scale_shape
+from expert_service.kernels.triton.products.down import down
+from expert_service.kernels.triton.products.gate_up import gate_up
+from expert_service.kernels.triton.products.quantize import Rows, quantize
+from expert_service.kernels.triton.products.route import Route, route, route_later
+from expert_service.kernels.triton.tables.tables import TileTable
+from expert_service.kernels.triton.tables.tiles import Tile
 
 _ROUTINGS = 4  # in turn, so that few tokens do not find their experts in the cache
 _MANY_TOKENS = 256  # above, each routing meets every expert, and more weights than a cache holds

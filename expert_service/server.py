@@ -17,7 +17,7 @@ from expert_service import metrics
 from expert_service.announcer import Announcer
 from expert_service.calibration import measure_pairs_per_s
 from expert_service.kernels import create_backend
-from expert_service.kernels.numa import choose_node, pin_this_thread, usable_nodes
+from expert_service.kernels.cpu.numa import choose_node, pin_this_thread, usable_nodes
 from expert_service.runner import DeviceRunner
 from expert_service.servicer import SERVICE, ExpertServicer
 from expert_service.shard import ExpertShard

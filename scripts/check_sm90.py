@@ -33,29 +33,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from expert_service.kernels import (
-    triton_down,
-    triton_gate_up,
-    triton_quantize,
-    triton_reduce,
-    triton_route,
-)
-from expert_service.kernels.triton_experts import grouped_swiglu_experts
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices, scale_shape
-from expert_service.kernels.triton_tables import TABLES, TileTable, read_tables
-from expert_service.kernels.triton_tiles import rule_tiles_for
+from expert_service.kernels.triton.experts import grouped_swiglu_experts
+from expert_service.kernels.triton.matrices import FP8, ExpertMatrices, scale_shape
+from expert_service.kernels.triton.products import down, gate_up, quantize, reduce, route
+from expert_service.kernels.triton.tables.tables import TABLES, TileTable, read_tables
+from expert_service.kernels.triton.tables.tiles import rule_tiles_for
 
 SHARED_BYTES = 227 * 1024  # of a program on sm_90
 WIDE = 16  # bytes of the widest load
 KERNELS = {
-    "route, few pairs": (triton_route, "_small_kernel"),
-    "route, histogram": (triton_route, "_histogram_kernel"),
-    "route, scan": (triton_route, "_scan_kernel"),
-    "route, scatter": (triton_route, "_scatter_kernel"),
-    "quantize": (triton_quantize, "_quantize_kernel"),
-    "gate_up": (triton_gate_up, "_gate_up_kernel"),
-    "down": (triton_down, "_down_kernel"),
-    "reduce": (triton_reduce, "_reduce_kernel"),
+    "route, few pairs": (route, "_small_kernel"),
+    "route, histogram": (route, "_histogram_kernel"),
+    "route, scan": (route, "_scan_kernel"),
+    "route, scatter": (route, "_scatter_kernel"),
+    "quantize": (quantize, "_quantize_kernel"),
+    "gate_up": (gate_up, "_gate_up_kernel"),
+    "down": (down, "_down_kernel"),
+    "reduce": (reduce, "_reduce_kernel"),
 }
 #: Matrices of which a program loads tiles, and the argument that holds the first.
 WEIGHTS = {"gate_up": (2, "gate_ptr"), "down": (1, "down_ptr")}

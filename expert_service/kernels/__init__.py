@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from expert_service.backend import Backend
+from expert_service.kernels.cpu.onednn import OneDnnBackend
 from expert_service.kernels.noop import NoopBackend
-from expert_service.kernels.onednn import OneDnnBackend
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.errors import ConfigError
 from expertmesh.model import ModelSpec, Slot
@@ -95,8 +95,8 @@ def _create_triton(
     if importlib.util.find_spec("triton") is None:
         raise ConfigError('backend "triton" needs the package triton: pip install triton')
     # Here, so that nobody else imports Triton.
-    from expert_service.kernels.triton_backend import TritonBackend
-    from expert_service.kernels.triton_backend_device import (
+    from expert_service.kernels.triton.backend.backend import TritonBackend
+    from expert_service.kernels.triton.backend.device import (
         CudaDevice,
         InterpreterDevice,
         is_interpreting,

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from expert_service.kernels.avx512 import KERNEL_DTYPES, Kernels, Pairs, compile_kernels
-from expert_service.kernels.grouping import sum_by_row
+from expert_service.kernels.cpu.avx512 import KERNEL_DTYPES, Kernels, Pairs, compile_kernels
+from expert_service.kernels.cpu.grouping import sum_by_row
 from expertmesh.dispatch import partial_dtype
 from expertmesh.kernels.compiling import BLOCK, Matrix, has_compiler
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, Slot

@@ -20,14 +20,8 @@ import pytest
 import torch
 
 from expert_service import shard
-from expert_service.kernels import (
-    avx512,
-    avx512_experts,
-    noop,
-    onednn,
-    onednn_cpu,
-    onednn_formats,
-)
+from expert_service.kernels import noop
+from expert_service.kernels.cpu import avx512, avx512_experts, onednn, onednn_cpu, onednn_formats
 from expertmesh import dispatch, gating
 from expertmesh.checkpoint import FAMILIES as FAMILY_ROWS
 from expertmesh.client import connect_async

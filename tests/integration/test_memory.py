@@ -22,7 +22,7 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import expertmesh
-from expert_service.kernels.onednn_cpu import compute_dtype
+from expert_service.kernels.cpu.onednn_cpu import compute_dtype
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.placement import initial_parts
 from tests.checkpoints import make_checkpoint

@@ -92,7 +92,7 @@ def test_a_server_whose_shard_does_not_fit_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint("mixtral", tmp_path)
-    device = "expert_service.kernels.triton_backend_device.InterpreterDevice.free_bytes"
+    device = "expert_service.kernels.triton.backend.device.InterpreterDevice.free_bytes"
     monkeypatch.setattr(device, lambda self: 1 << 20)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("triton.knobs.runtime.interpret", True)

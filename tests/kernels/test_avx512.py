@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.harness import relative_error
-from expert_service.kernels import avx512, avx512_experts
-from expert_service.kernels.avx512 import Kernels, Pairs, Rows, compile_kernels
-from expert_service.kernels.block_product import BlockProduct
-from expert_service.kernels.onednn import OneDnnBackend
-from expert_service.kernels.onednn_cpu import FallbackWarning
+from expert_service.kernels.cpu import avx512, avx512_experts
+from expert_service.kernels.cpu.avx512 import Kernels, Pairs, Rows, compile_kernels
+from expert_service.kernels.cpu.block_product import BlockProduct
+from expert_service.kernels.cpu.onednn import OneDnnBackend
+from expert_service.kernels.cpu.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.dispatch import partial_dtype
 from expertmesh.kernels.compiling import Matrix, has_compiler, has_dot

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_service.kernels import onednn
-from expert_service.kernels.crew import Crew, divide
-from expert_service.kernels.onednn import OneDnnBackend
+from expert_service.kernels.cpu import onednn
+from expert_service.kernels.cpu.crew import Crew, divide
+from expert_service.kernels.cpu.onednn import OneDnnBackend
 from expertmesh.model import ExpertWeights, LayerSpec, ModelSpec, Slot
 
 H, E, K = 256, 8, 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expert_service.kernels import huge_pages
+from expert_service.kernels.cpu import huge_pages
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from expert_service.kernels.numa import choose_node, parse_cpus, pin_this_thread, usable_nodes
+from expert_service.kernels.cpu.numa import choose_node, parse_cpus, pin_this_thread, usable_nodes
 from expertmesh.errors import ConfigError
 
 TWO = {0: {0, 1}, 2: {4, 5}}

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expert_service.kernels import create_backend
-from expert_service.kernels.grouping import BlockSizes, group_by_expert
-from expert_service.kernels.onednn import OneDnnBackend, block_rows
+from expert_service.kernels.cpu.grouping import BlockSizes, group_by_expert
+from expert_service.kernels.cpu.onednn import OneDnnBackend, block_rows
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.dispatch import partial_dtype
 from expertmesh.errors import ConfigError

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expert_service.kernels import onednn_cpu
-from expert_service.kernels.onednn import OneDnnBackend
-from expert_service.kernels.onednn_cpu import FallbackWarning
+from expert_service.kernels.cpu import onednn_cpu
+from expert_service.kernels.cpu.onednn import OneDnnBackend
+from expert_service.kernels.cpu.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot
 from tests.kernels.tolerances import assert_close

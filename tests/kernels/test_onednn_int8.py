@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.harness import relative_error
 from expert_service.kernels import create_backend
-from expert_service.kernels.onednn import OneDnnBackend
-from expert_service.kernels.onednn_cpu import has_int8_instructions, has_int8_ops
-from expert_service.kernels.onednn_formats import Int8Format
+from expert_service.kernels.cpu.onednn import OneDnnBackend
+from expert_service.kernels.cpu.onednn_cpu import has_int8_instructions, has_int8_ops
+from expert_service.kernels.cpu.onednn_formats import Int8Format
 from expert_service.kernels.reference import ReferenceBackend
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot

@@ -10,8 +10,8 @@ from transformers import DeepseekV3ForCausalLM
 
 from examples.tiny_deepseek import corpus
 from examples.tiny_deepseek.evaluate import measure
-from expert_service.kernels.onednn import OneDnnBackend
-from expert_service.kernels.onednn_cpu import has_int8_instructions, has_int8_ops
+from expert_service.kernels.cpu.onednn import OneDnnBackend
+from expert_service.kernels.cpu.onednn_cpu import has_int8_instructions, has_int8_ops
 from expertmesh.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.skipif(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expert_service.kernels.block_product import BlockProduct
-from expert_service.kernels.sharing import cost_of, cut, share
+from expert_service.kernels.cpu.block_product import BlockProduct
+from expert_service.kernels.cpu.sharing import cost_of, cut, share
 
 _JOBS = st.lists(
     st.builds(

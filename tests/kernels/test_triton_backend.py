@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from expert_service.kernels import create_backend
 from expert_service.kernels.reference import ReferenceBackend
-from expert_service.kernels.triton_backend import TritonBackend
-from expert_service.kernels.triton_backend_buckets import (
+from expert_service.kernels.triton.backend.backend import TritonBackend
+from expert_service.kernels.triton.backend.buckets import (
     BUCKETS,
     bucket_rows,
     chunk_rows,
@@ -28,9 +28,9 @@ from expert_service.kernels.triton_backend_buckets import (
     split_rows,
     warm_rows,
 )
-from expert_service.kernels.triton_backend_device import InterpreterDevice
-from expert_service.kernels.triton_backend_tiles import TileChoice
-from expert_service.kernels.triton_tiles import Tiles, rule_tiles_for
+from expert_service.kernels.triton.backend.device import InterpreterDevice
+from expert_service.kernels.triton.backend.tiles import TileChoice
+from expert_service.kernels.triton.tables.tiles import Tiles, rule_tiles_for
 from expertmesh.dispatch import partial_dtype
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, GateSpec, LayerSpec, ModelSpec, Slot

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_service.kernels import triton_reference as reference
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices
-from expert_service.kernels.triton_tiles import Tile, Tiles, rule_tiles
+from expert_service.kernels.triton import reference
+from expert_service.kernels.triton.matrices import FP8, ExpertMatrices
+from expert_service.kernels.triton.tables.tiles import Tile, Tiles, rule_tiles
 from tests.kernels.tolerances import assert_close
 from tests.kernels.triton_cases import DTYPES, EXPERTS, experts_of, routing_of, rows_of, run
 

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_service.kernels import triton_reference as reference
-from expert_service.kernels.triton_down import down
-from expert_service.kernels.triton_gate_up import gate_up
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices
-from expert_service.kernels.triton_quantize import Rows, quantize
-from expert_service.kernels.triton_route import route
-from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton import reference
+from expert_service.kernels.triton.matrices import FP8, ExpertMatrices
+from expert_service.kernels.triton.products.down import down
+from expert_service.kernels.triton.products.gate_up import gate_up
+from expert_service.kernels.triton.products.quantize import Rows, quantize
+from expert_service.kernels.triton.products.route import route
+from expert_service.kernels.triton.tables.tiles import Tile
 from tests.kernels.tolerances import W8A8_ERROR, assert_close
 from tests.kernels.triton_cases import (
     DEVICE,

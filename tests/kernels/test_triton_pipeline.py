@@ -14,9 +14,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from expert_service.kernels.triton_backend_batch import Batch, batch_bytes, batch_views, fill
-from expert_service.kernels.triton_backend_device import InterpreterDevice, Lane
-from expert_service.kernels.triton_backend_pipeline import Pipeline
+from expert_service.kernels.triton.backend.batch import Batch, batch_bytes, batch_views, fill
+from expert_service.kernels.triton.backend.device import InterpreterDevice, Lane
+from expert_service.kernels.triton.backend.pipeline import Pipeline
 
 HIDDEN = 8
 Clock = dict[Lane, int]

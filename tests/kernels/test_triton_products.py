@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from expert_service.kernels import triton_reference as reference
-from expert_service.kernels.triton_down import down
-from expert_service.kernels.triton_gate_up import gate_up
-from expert_service.kernels.triton_matrices import FP8
-from expert_service.kernels.triton_quantize import Rows
-from expert_service.kernels.triton_reduce import reduce
-from expert_service.kernels.triton_route import Route, route, route_later
-from expert_service.kernels.triton_tiles import Tile, rule_tiles
+from expert_service.kernels.triton import reference
+from expert_service.kernels.triton.matrices import FP8
+from expert_service.kernels.triton.products.down import down
+from expert_service.kernels.triton.products.gate_up import gate_up
+from expert_service.kernels.triton.products.quantize import Rows
+from expert_service.kernels.triton.products.reduce import reduce
+from expert_service.kernels.triton.products.route import Route, route, route_later
+from expert_service.kernels.triton.tables.tiles import Tile, rule_tiles
 from tests.kernels.tolerances import assert_close
 from tests.kernels.triton_cases import (
     DEVICE,

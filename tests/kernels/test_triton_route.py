@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expert_service.kernels import triton_reference as reference
-from expert_service.kernels.triton_route import MAX_SMALL_PAIRS, Route, max_blocks, route
+from expert_service.kernels.triton import reference
+from expert_service.kernels.triton.products.route import MAX_SMALL_PAIRS, Route, max_blocks, route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from expert_service.kernels.triton_tables import TileTable, read_tables, write_table
-from expert_service.kernels.triton_tiles import Tile, Tiles
+from expert_service.kernels.triton.tables.tables import TileTable, read_tables, write_table
+from expert_service.kernels.triton.tables.tiles import Tile, Tiles
 from scripts.check_sm90 import Launch, Outcome, faults, pick
 
 ROOT = Path(__file__).parents[2]

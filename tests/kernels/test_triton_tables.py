@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from expert_service.kernels.triton_tables import (
+from expert_service.kernels.triton.tables.tables import (
     TileTable,
     choose_tiles,
     find_table,
     read_tables,
     write_table,
 )
-from expert_service.kernels.triton_tiles import Precision, Tile, Tiles, rule_tiles_for
+from expert_service.kernels.triton.tables.tiles import Precision, Tile, Tiles, rule_tiles_for
 
 SHIPPED = read_tables()
 SHARDS = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expert_service.kernels.triton_tiles import (
+from expert_service.kernels.triton.tables.tiles import (
     Precision,
     choose_block_m,
     rule_tiles,

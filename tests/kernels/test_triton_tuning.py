@@ -18,8 +18,14 @@ import torch
 
 from benchmarks.tuning import Descent, Found, Product, Search, block_sizes, may_run, neighbours
 from benchmarks.tuning_case import Case, make_matrices
-from expert_service.kernels.triton_tables import TileTable, read_tables, write_table
-from expert_service.kernels.triton_tiles import Precision, Tile, Tiles, rule_tiles, rule_tiles_for
+from expert_service.kernels.triton.tables.tables import TileTable, read_tables, write_table
+from expert_service.kernels.triton.tables.tiles import (
+    Precision,
+    Tile,
+    Tiles,
+    rule_tiles,
+    rule_tiles_for,
+)
 from tests.kernels.triton_cases import DEVICE
 
 SIZES = (8, 7168, 2048)
@@ -279,7 +285,7 @@ def test_no_search_begins_once_the_time_is_over(tune_kernels: ModuleType) -> Non
 _COMPILE = """
 import sys
 from compiling import Compilers, GPUTarget
-from expert_service.kernels.triton_tables import read_tables
+from expert_service.kernels.triton.tables.tables import read_tables
 
 if __name__ == "__main__":
     table = read_tables()[0]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from expert_service.kernels.triton_experts import grouped_swiglu_experts
-from expert_service.kernels.triton_matrices import FP8, ExpertMatrices, scale_shape
-from expert_service.kernels.triton_route import Route
-from expert_service.kernels.triton_tiles import Tiles
+from expert_service.kernels.triton.experts import grouped_swiglu_experts
+from expert_service.kernels.triton.matrices import FP8, ExpertMatrices, scale_shape
+from expert_service.kernels.triton.products.route import Route
+from expert_service.kernels.triton.tables.tiles import Tiles
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -49,6 +49,7 @@ ONLY_IN = {
 }
 
 PURE = (
+    "expertmesh/average.py",
     "expertmesh/codec/narrow.py",
     "expertmesh/dispatch.py",
     "expertmesh/gating.py",

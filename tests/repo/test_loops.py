@@ -49,7 +49,9 @@ ANSWERS = {
     "router_service/kernels/avx512_gate.py Avx512Gate.arrays submit": "the gate waits",
     "router_service/link.py ServerLink.ask ensure_future": "the batch has the future",
     "router_service/link.py ServerLink._serve ensure_future": "its loop waits",
-    "expert_service/kernels/triton_backend.py TritonBackend._compile submit": "the start waits",
+    "expert_service/kernels/triton/backend/backend.py TritonBackend._compile submit": (
+        "the start waits"
+    ),
     "expert_service/server.py ExpertServer.start spawn":
         "loading: the server says `failed`; the device thread's watch: likewise, and each ends the "
         "process",
@@ -64,7 +66,7 @@ ANSWERS = {
     "expertmesh/rpc/stream.py FrameStream._lost_data spawn": "breaks the stream itself",
     # Threads.
     "expertmesh/rpc/loop.py shared_loop Thread": "an event loop logs what callbacks raise, goes on",
-    "expert_service/kernels/crew.py Crew._submit Thread": "hands over whatever a job raises",
+    "expert_service/kernels/cpu/crew.py Crew._submit Thread": "hands over whatever a job raises",
     "expert_service/runner.py DeviceRunner.__init__ Thread":
         "the server says `failed` and its process ends (integration/test_loops.py)",
     "fleet/supervisor_actor.py SupervisorActor.__init__ Thread":

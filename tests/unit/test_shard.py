@@ -218,7 +218,7 @@ def test_weights_of_another_shape_are_refused(shard: ExpertShard) -> None:
 _LOAD_A_SHARD = """
     import json, sys, torch
     from expert_service.kernels import create_backend
-    from expert_service.kernels.onednn_cpu import compute_dtype
+    from expert_service.kernels.cpu.onednn_cpu import compute_dtype
     from expert_service.shard import ExpertShard
     from expertmesh.model import ExpertWeights, LayerSpec, ModelSpec, Slot
 

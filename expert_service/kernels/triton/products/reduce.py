@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from expert_service.kernels.triton_tiles import next_power_of_2
+from expert_service.kernels.triton.tables.tiles import next_power_of_2
 
 _BLOCK_H = 1024  # columns of one program: 16 bytes for each thread of four warps
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from expert_service.kernels.triton_matrices import FP8, SCALE_BLOCK, ExpertMatrices
-from expert_service.kernels.triton_quantize import Rows
-from expert_service.kernels.triton_route import Route, max_blocks
-from expert_service.kernels.triton_tiles import Tile, Tiles
+from expert_service.kernels.triton.matrices import FP8, SCALE_BLOCK, ExpertMatrices
+from expert_service.kernels.triton.products.quantize import Rows
+from expert_service.kernels.triton.products.route import Route, max_blocks
+from expert_service.kernels.triton.tables.tiles import Tile, Tiles
 
 
 def route(

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 
 import torch
 
-from expert_service.kernels.triton_backend_batch import Batch
-from expert_service.kernels.triton_backend_buckets import (
+from expert_service.kernels.triton.backend.batch import Batch
+from expert_service.kernels.triton.backend.buckets import (
     BUCKETS,
     bucket_rows,
     chunk_rows,
@@ -26,13 +26,13 @@ from expert_service.kernels.triton_backend_buckets import (
     padded_pairs,
     warm_rows,
 )
-from expert_service.kernels.triton_backend_device import Device, Lane, Run, is_out_of_memory
-from expert_service.kernels.triton_backend_memory import Format, does_not_fit, workspace_bytes
-from expert_service.kernels.triton_backend_pipeline import Pipeline
-from expert_service.kernels.triton_backend_stack import Stack
-from expert_service.kernels.triton_backend_tiles import TileChoice
-from expert_service.kernels.triton_experts import grouped_swiglu_experts
-from expert_service.kernels.triton_tiles import Tiles
+from expert_service.kernels.triton.backend.device import Device, Lane, Run, is_out_of_memory
+from expert_service.kernels.triton.backend.memory import Format, does_not_fit, workspace_bytes
+from expert_service.kernels.triton.backend.pipeline import Pipeline
+from expert_service.kernels.triton.backend.stack import Stack
+from expert_service.kernels.triton.backend.tiles import TileChoice
+from expert_service.kernels.triton.experts import grouped_swiglu_experts
+from expert_service.kernels.triton.tables.tiles import Tiles
 from expertmesh.dispatch import partial_dtype
 from expertmesh.errors import ConfigError
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, LayerSpec, ModelSpec, Slot

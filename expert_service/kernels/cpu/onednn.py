@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from expert_service.kernels.avx512_experts import InBlocks, create_avx512_experts
-from expert_service.kernels.crew import Crew, divide
-from expert_service.kernels.grouping import (
+from expert_service.kernels.cpu.avx512_experts import InBlocks, create_avx512_experts
+from expert_service.kernels.cpu.crew import Crew, divide
+from expert_service.kernels.cpu.grouping import (
     BlockSizes,
     Grouping,
     chunks,
     group_by_expert,
     sum_by_row,
 )
-from expert_service.kernels.onednn_cpu import fall_back, has_tiles
-from expert_service.kernels.onednn_formats import Rows, Work, create_format
+from expert_service.kernels.cpu.onednn_cpu import fall_back, has_tiles
+from expert_service.kernels.cpu.onednn_formats import Rows, Work, create_format
 from expertmesh.dispatch import partial_dtype
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights, ModelSpec, Slot
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from expert_service.kernels.triton_tiles import Precision, Tile, Tiles, rule_tiles_for
+from expert_service.kernels.triton.tables.tiles import Precision, Tile, Tiles, rule_tiles_for
 
 #: The tables that come with the package.
-TABLES = Path(__file__).parent / "tiles"
+TABLES = Path(__file__).parent
 
 # One size of element, one tile.
 _SAME_TILES: dict[Precision, Precision] = {"fp16": "bf16"}

@@ -21,19 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from expert_service.kernels.avx512 import (
+from expert_service.kernels.cpu.avx512 import (
     Kernels,
     Pairs,
     Rows,
     compile_kernels,
     is_packed_at,
 )
-from expert_service.kernels.block_product import BlockProduct
-from expert_service.kernels.crew import Crew
-from expert_service.kernels.grouping import Block, BlockSizes, group_by_expert
-from expert_service.kernels.huge_pages import use_huge_pages
-from expert_service.kernels.onednn_formats import ZERO, round_matrix
-from expert_service.kernels.sharing import cost_of, cut, share
+from expert_service.kernels.cpu.block_product import BlockProduct
+from expert_service.kernels.cpu.crew import Crew
+from expert_service.kernels.cpu.grouping import Block, BlockSizes, group_by_expert
+from expert_service.kernels.cpu.huge_pages import use_huge_pages
+from expert_service.kernels.cpu.onednn_formats import ZERO, round_matrix
+from expert_service.kernels.cpu.sharing import cost_of, cut, share
 from expertmesh.dispatch import partial_dtype
 from expertmesh.kernels.compiling import BLOCK, Matrix, pack_blocks
 from expertmesh.model import ExpertWeights, ModelSpec

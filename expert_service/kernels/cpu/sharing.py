@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from expert_service.kernels.block_product import BlockProduct
+from expert_service.kernels.cpu.block_product import BlockProduct
 from expertmesh.kernels.compiling import BLOCK
 
 #: A block's arithmetic for so many rows takes as long as its reading, which other threads do, too

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from expert_service.kernels.triton_matrices import FP8, scale_shape
+from expert_service.kernels.triton.matrices import FP8, scale_shape
 from expertmesh.errors import ConfigError
 
 _SCALE_BYTES = 4

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from expert_service.kernels.triton_tiles import Precision
+from expert_service.kernels.triton.tables.tiles import Precision
 
 #: Rows, and columns, of FP8 weights that share a scale; columns of activations that do.
 SCALE_BLOCK = 128

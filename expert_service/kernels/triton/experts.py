@@ -8,13 +8,13 @@ asked per row, H hidden size, I intermediate size, E experts of the layer, L slo
 
 import torch
 
-from expert_service.kernels.triton_down import down
-from expert_service.kernels.triton_gate_up import gate_up
-from expert_service.kernels.triton_matrices import ExpertMatrices
-from expert_service.kernels.triton_quantize import Rows, quantize
-from expert_service.kernels.triton_reduce import reduce
-from expert_service.kernels.triton_route import route, route_later
-from expert_service.kernels.triton_tiles import Tiles, rule_tiles, rule_tiles_for
+from expert_service.kernels.triton.matrices import ExpertMatrices
+from expert_service.kernels.triton.products.down import down
+from expert_service.kernels.triton.products.gate_up import gate_up
+from expert_service.kernels.triton.products.quantize import Rows, quantize
+from expert_service.kernels.triton.products.reduce import reduce
+from expert_service.kernels.triton.products.route import route, route_later
+from expert_service.kernels.triton.tables.tiles import Tiles, rule_tiles, rule_tiles_for
 from expertmesh.dispatch import partial_dtype
 
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from expert_service.kernels.triton_matrices import FP8, SCALE_BLOCK
+from expert_service.kernels.triton.matrices import FP8, SCALE_BLOCK
 
 #: Values that one program rounds, at four warps.
 _BLOCK_VALUES = 4096

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from expert_service.kernels.triton_matrices import FP8, SCALE_BLOCK, scale_shape
-from expert_service.kernels.triton_quantize import Rows
-from expert_service.kernels.triton_route import Route
-from expert_service.kernels.triton_tiles import Tile
+from expert_service.kernels.triton.matrices import FP8, SCALE_BLOCK, scale_shape
+from expert_service.kernels.triton.products.quantize import Rows
+from expert_service.kernels.triton.products.route import Route
+from expert_service.kernels.triton.tables.tiles import Tile
 
 
 def check_rows(name: str, rows: Rows, matrix: torch.Tensor) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from expert_service.kernels.triton_backend_memory import Format
-from expert_service.kernels.triton_matrices import ExpertMatrices, scale_shape
+from expert_service.kernels.triton.backend.memory import Format
+from expert_service.kernels.triton.matrices import ExpertMatrices, scale_shape
 from expertmesh.model import ExpertWeights, Fp8ExpertWeights
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from expert_service.kernels.block_product import BlockProduct
+from expert_service.kernels.cpu.block_product import BlockProduct
 from expertmesh.kernels.avx512_products import (
     BITS,
     PANEL,

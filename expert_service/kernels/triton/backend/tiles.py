@@ -7,8 +7,13 @@ from functools import lru_cache
 
 import triton
 
-from expert_service.kernels.triton_tables import TileTable, choose_tiles, find_table, read_tables
-from expert_service.kernels.triton_tiles import Precision, Tiles
+from expert_service.kernels.triton.tables.tables import (
+    TileTable,
+    choose_tiles,
+    find_table,
+    read_tables,
+)
+from expert_service.kernels.triton.tables.tiles import Precision, Tiles
 
 
 class TileChoice:

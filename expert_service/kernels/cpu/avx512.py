@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from expert_service.kernels.block_product import BlockProduct
-from expert_service.kernels.onednn_cpu import fall_back, has_tiles
+from expert_service.kernels.cpu.block_product import BlockProduct
+from expert_service.kernels.cpu.onednn_cpu import fall_back, has_tiles
 from expertmesh.kernels.compiling import Library, Matrix, has_compiler, has_dot
 
 KERNEL_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -131,7 +131,7 @@ def compile_kernels(weights: str) -> Kernels | None:
 def _compile(weights: str, with_dot: bool) -> tuple[Library, int | None]:
     """What `Kernels` asks for; `with_dot` is for `generate`."""
     # Here, so that nobody who does without needs llvmlite.
-    from expert_service.kernels.avx512_ir import generate
+    from expert_service.kernels.cpu.avx512_ir import generate
 
     library = Library(generate(weights, has_dot=with_dot))
     is_slow = weights == "bf16" and not with_dot

@@ -15,13 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from expert_service.kernels.triton_blocks import place, sort_pair
-from expert_service.kernels.triton_matrices import SCALE_BLOCK, ExpertMatrices
-from expert_service.kernels.triton_operands import check_matrix, check_rows, check_tile
-from expert_service.kernels.triton_quantize import Rows, block_scale, round_e4m3, widened
-from expert_service.kernels.triton_route import Route
-from expert_service.kernels.triton_tiles import Tile
-from expert_service.kernels.triton_weights import (
+from expert_service.kernels.triton.matrices import SCALE_BLOCK, ExpertMatrices
+from expert_service.kernels.triton.products.blocks import place, sort_pair
+from expert_service.kernels.triton.products.operands import check_matrix, check_rows, check_tile
+from expert_service.kernels.triton.products.quantize import Rows, block_scale, round_e4m3, widened
+from expert_service.kernels.triton.products.route import Route
+from expert_service.kernels.triton.products.weights import (
     add_product,
     by_row,
     described,
@@ -30,6 +29,7 @@ from expert_service.kernels.triton_weights import (
     takes_descriptor,
     weights_at,
 )
+from expert_service.kernels.triton.tables.tiles import Tile
 
 
 # Numbers that vary between batches are not specialised on: no batch waits for a compilation.

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from expert_service.kernels.triton_tiles import next_power_of_2
+from expert_service.kernels.triton.tables.tiles import next_power_of_2
 
 #: Up to this many pairs, one program compares each pair with each other.
 MAX_SMALL_PAIRS = 64

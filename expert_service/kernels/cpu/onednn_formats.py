@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from expert_service.kernels.huge_pages import use_huge_pages
-from expert_service.kernels.onednn_cpu import can_int8, compute_dtype, has_packed_ops
+from expert_service.kernels.cpu.huge_pages import use_huge_pages
+from expert_service.kernels.cpu.onednn_cpu import can_int8, compute_dtype, has_packed_ops
 from expertmesh.dispatch import partial_dtype
 from expertmesh.model import ExpertWeights
 

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from expert_service.kernels.triton_route import load_slots
+from expert_service.kernels.triton.products.route import load_slots
 
 
 @triton.jit

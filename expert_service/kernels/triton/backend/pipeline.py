@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from expert_service.kernels.triton_backend_batch import Batch, batch_bytes, batch_views, fill
-from expert_service.kernels.triton_backend_buckets import BUCKETS, split_rows
-from expert_service.kernels.triton_backend_device import Device, Lane, Mark, Run
+from expert_service.kernels.triton.backend.batch import Batch, batch_bytes, batch_views, fill
+from expert_service.kernels.triton.backend.buckets import BUCKETS, split_rows
+from expert_service.kernels.triton.backend.device import Device, Lane, Mark, Run
 from expertmesh.dispatch import partial_dtype
 
 #: Starts the kernels for a batch, whose sum goes to the second argument, [R, H].

@@ -1,0 +1,1 @@
+"""Experts on GPUs, with Triton."""

@@ -1,0 +1,1 @@
+"""The backend around the kernels: resident weights, recorded graphs, overlapped copies."""
