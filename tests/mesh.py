@@ -64,6 +64,20 @@ class LocalMesh:
         self.extra.append(server)
         return server
 
+    def is_complete(self) -> bool:
+        """Whether every router can ask each of the first servers: of two replicas one is enough to
+        be ready, and a test that takes that one away must not be overtaken by the other's news."""
+        names = {server._placing.server_id for server in self.servers}
+        return all(
+            names
+            <= {
+                seen.server_id
+                for seen in router.router.pool.statuses()
+                if seen.state == "ready" and seen.connected
+            }
+            for router in self.routers
+        )
+
     def wait(self, condition: str = "ready", timeout_s: float = 20.0) -> None:
         """Until every router can ask for every expert."""
         with expertmesh.connect(self.address) as mesh:
@@ -206,6 +220,7 @@ def local_mesh(
             for router in mesh.routers:
                 with expertmesh.connect(router.address) as client:
                     wait_until(lambda client=client: client.status().ready, 20.0, "ready")
+            wait_until(mesh.is_complete, 20.0, "ready, with every server")
             yield mesh
         finally:
             loop.run(_stop(mesh))
