@@ -1,8 +1,7 @@
-"""The autoscaler: when servers come and go, and when nothing may happen."""
+"""The autoscaler: when servers come and go, and how many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,52 +11,8 @@ from hypothesis import strategies as st
 
 from expertmesh.config import AutoscaleConfig
 from expertmesh.errors import ConfigError
-from load_controller.autoscale import Context, Decision, Sample, State, decide, least_servers
-
-CONFIG = AutoscaleConfig(
-    max_replicas=64,
-    target_utilization=0.5,
-    look_back_period_s=10.0,
-    upscale_delay_s=30.0,
-    downscale_delay_s=300.0,
-)
-_EVERY_S = 5.0
-
-
-def _context(
-    now_s: float, running: int, utilization: float | None, *, starting: int = 0, **sample: float
-) -> Context:
-    reporting = running if utilization is not None else 0
-    measured = {"busiest": utilization, "reporting": reporting, **sample}
-    return Context(
-        now_s=now_s,
-        running=running,
-        starting=starting,
-        experts=64,
-        slots=16,
-        sample=Sample(utilization=utilization, **measured),  # type: ignore[arg-type]
-    )
-
-
-class Cluster:
-    """Servers that are there the moment they are decided on, offered some work."""
-
-    def __init__(self, running: int, config: AutoscaleConfig = CONFIG, now_s: float = 0.0) -> None:
-        self.running, self.config, self.now_s = running, config, now_s
-        self.state: State | None = None
-
-    def offer(self, work: Iterable[float | None]) -> list[int]:
-        """The servers after each decision; `work` is in servers kept busy, None is not known."""
-        seen = []
-        for each in work:
-            utilization = None if each is None else each / self.running
-            context = _context(self.now_s, self.running, utilization)
-            decision, self.state = decide(context, self.config, self.state)
-            self.running = decision.replicas
-            self.now_s += _EVERY_S
-            seen.append(self.running)
-        return seen
-
+from load_controller.autoscale import decide, least_servers
+from tests.autoscale import CONFIG, EVERY_S, Cluster, make_context
 
 # Up and down.
 
@@ -124,18 +79,18 @@ def test_noise_within_the_tolerance_changes_nothing() -> None:
 
 def test_servers_that_start_are_not_asked_for_twice() -> None:
     config = replace(CONFIG, upscale_delay_s=0.0)
-    decision, state = decide(_context(0, 8, 1.0), config, None)
+    decision, state = decide(make_context(0, 8, 1.0), config, None)
     assert decision.replicas == 16
 
     for at in range(1, 10):
-        context = _context(at * _EVERY_S, 8, 1.0, starting=8)
+        context = make_context(at * EVERY_S, 8, 1.0, starting=8)
         decision, state = decide(context, config, state)
 
     assert decision.replicas == 16
 
 
 def test_the_reason_says_in_words_what_was_measured() -> None:
-    decision, _ = decide(_context(0, 8, 0.75), CONFIG, None)
+    decision, _ = decide(make_context(0, 8, 0.75), CONFIG, None)
 
     assert decision.reason == "6.00 servers' worth of work at 8, 0.5 of each wanted"
 
@@ -201,242 +156,23 @@ def test_a_changed_bound_holds_at_once() -> None:
 
 def test_bounds_that_hold_no_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="64 experts and 0 redundant slots need 4 servers of 16"):
-        decide(_context(0, 2, 0.5), replace(CONFIG, max_replicas=3), None)
+        decide(make_context(0, 2, 0.5), replace(CONFIG, max_replicas=3), None)
 
 
 def test_a_new_cluster_begins_with_the_fewest_and_a_running_one_as_it_is() -> None:
     config = replace(CONFIG, min_replicas=6)
 
-    assert decide(_context(0, 0, None), config, None)[0].replicas == 6
-    assert decide(_context(0, 9, 0.5, starting=2), config, None)[0].replicas == 11
-
-
-# Queues.
-
-
-def test_a_long_queue_adds_servers_though_the_work_does_not() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0)
-
-    decision, _ = decide(_context(0, 8, 0.45, queue_delay_s=0.15), config, None)
-
-    assert decision.replicas == 16  # 1 - 0.55 * 1.5 = 0.175 busy would be as wanted: twice at most
-    assert decision.reason == "requests wait 0.15 s, 0.1 wanted"
-
-
-def test_a_queue_adds_as_many_as_shorten_it_to_what_is_wanted() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0, target_utilization=0.9)
-
-    decision, _ = decide(_context(0, 8, 0.75, queue_delay_s=0.2), config, None)
-
-    assert decision.replicas == 12  # waits go as 1 / (1 - u): 0.5 busy halves them
-
-
-def test_two_targets_that_disagree_do_not_add_and_drain_in_turn() -> None:
-    """Work alone wants 8 servers, but their queues would be too long."""
-    config = replace(CONFIG, upscale_delay_s=0.0, downscale_delay_s=30.0, target_utilization=0.85)
-    state, size, sizes = None, 8, []
-    for at in range(200):
-        busy = 6.8 / size
-        waits = 0.04 * busy / (1 - busy)
-        context = _context(at * _EVERY_S, size, busy, queue_delay_s=waits)
-        decision, state = decide(context, config, state)
-        size = decision.replicas
-        sizes.append(size)
-
-    assert set(sizes[20:]) == {10}  # at 0.68 busy they wait 0.085 s
-
-
-def test_a_queue_alone_at_most_doubles_the_servers() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0)
-
-    decision, _ = decide(_context(0, 8, 0.45, ongoing=1000.0), config, None)
-
-    assert decision.replicas == 16
-
-
-def test_a_queue_asks_for_nothing_until_the_work_has_what_it_asks_for() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0)
-
-    decision, _ = decide(_context(0, 8, 0.6, ongoing=1000.0), config, None)
-
-    assert decision.replicas == 10  # 8 * 0.6 / 0.5, not 16
-
-
-def test_a_queue_that_drains_adds_nothing_and_lets_nothing_go() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0, downscale_delay_s=0.0)
-    state = None
-    decisions = []
-    for at, waits in enumerate([8.0, 6.0, 4.0, 2.0, 1.0]):
-        context = _context(at * 5.0, 16, 0.2, queue_delay_s=waits, ongoing=10 * waits)
-        if state is None:
-            state = State(replicas=16, at_s=-5.0, reason="")
-            _, state = decide(replace(context, now_s=-1.0), config, state)
-        decision, state = decide(context, config, state)
-        decisions.append(decision.replicas)
-
-    assert decisions[0] == decisions[-1]
-    assert set(decisions[1:]) == {decisions[0]}
-
-
-def test_a_queue_is_heard_when_the_work_is_not_known() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0)
-
-    decision, _ = decide(_context(0, 8, None, ongoing=4.0), config, None)
-
-    assert decision.replicas == 16
-
-
-# What is not known is not zero.
-
-
-def test_without_measurements_nothing_changes() -> None:
-    cluster = Cluster(running=16)
-
-    assert set(cluster.offer([None] * 200)) == {16}
-
-
-def test_a_gap_in_the_measurements_starts_the_wait_to_drain_anew() -> None:
-    cluster = Cluster(running=16)
-
-    sizes = cluster.offer([4.0] * 50 + [None] * 3 + [4.0] * 59)
-
-    assert set(sizes) == {16}
-    assert cluster.offer([4.0] * 4)[-1] == 8
-
-
-def test_a_missing_sample_between_known_ones_is_not_a_zero() -> None:
-    cluster = Cluster(running=8, config=replace(CONFIG, downscale_delay_s=0.0))
-
-    assert set(cluster.offer([4.0, None] * 20)) == {8}
-
-
-def test_servers_that_do_not_report_stop_others_from_going() -> None:
-    state = None
-    for at in range(100):
-        context = _context(at * _EVERY_S, 16, 0.1, reporting=15)
-        decision, state = decide(context, CONFIG, state)
-
-    assert decision.replicas == 16
-    assert decision.reason == "some servers have not reported their load"
-
-
-def test_servers_that_do_not_report_are_taken_to_be_as_busy_as_the_others() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0)
-
-    decision, _ = decide(_context(0, 16, 0.75, reporting=4), config, None)
-
-    assert decision.replicas == 24
-
-
-@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
-def test_a_measurement_that_cannot_be_is_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match="expected a number >= 0"):
-        Sample(utilization=value)
-
-
-# Clocks and restarts.
-
-
-@pytest.mark.parametrize("step_s", [-3600.0, 3600.0], ids=["back", "forth"])
-def test_a_clock_that_jumps_does_not_sit_out_a_delay(step_s: float) -> None:
-    cluster = Cluster(running=16, now_s=10_000.0)
-    cluster.offer([4.0] * 50)
-
-    cluster.now_s += step_s
-
-    assert cluster.offer([4.0] * 60) == [16] * 60
-    assert cluster.offer([4.0] * 2)[-1] == 8
-
-
-def test_deciding_again_at_the_same_instant_changes_nothing() -> None:
-    config = replace(CONFIG, upscale_delay_s=0.0, max_step_up=1)
-    first, state = decide(_context(0, 8, 1.0), config, None)
-
-    again, later = decide(_context(0, 8, 1.0), config, state)
-
-    assert again == first == Decision(9, 9 * 16 - 64, first.reason)
-    assert later == state
-
-
-def test_a_lost_state_begins_from_what_runs() -> None:
-    cluster = Cluster(running=8, config=replace(CONFIG, upscale_delay_s=0.0))
-    cluster.offer([8.0] * 3)
-
-    cluster.state = None
-
-    assert cluster.offer([8.0]) == [16]
-
-
-def test_the_state_does_not_grow() -> None:
-    cluster = Cluster(running=8)
-    cluster.offer([4.0] * 500)
-
-    assert cluster.state is not None
-    assert len(cluster.state.samples) <= 1 + CONFIG.look_back_period_s / _EVERY_S
-
-
-# Room for no more than the period's peak.
-
-PEAK = replace(
-    CONFIG, upscale_delay_s=0.0, downscale_delay_s=0.0, peak_utilization=0.8, peak_period_s=3600.0
-)
-_HOUR = int(3600 / _EVERY_S)
-
-
-def test_at_the_periods_peak_there_is_no_room_for_twice_the_load() -> None:
-    cluster = Cluster(running=32, config=PEAK)
-
-    cluster.offer([16.0] * 40 + [4.0] * (_HOUR - 40))
-    sizes = cluster.offer([8.0] * 10 + [16.0] * 10)
-
-    assert sizes[9] == 16, "twice 8 is no more than was there in the last hour"
-    assert sizes[-1] == 20, "16 / 0.8, and not 16 / 0.5"
-
-
-def test_until_a_whole_period_is_known_there_is_room_for_twice_the_load() -> None:
-    cluster = Cluster(running=8, config=PEAK)
-
-    sizes = cluster.offer([16.0] * (_HOUR // 2))
-
-    assert sizes[-1] == 32
-
-
-def test_a_load_that_was_never_seen_is_answered_with_the_room_of_a_peak() -> None:
-    cluster = Cluster(running=8, config=PEAK)
-    cluster.offer([4.0] * (_HOUR + 10))
-
-    sizes = cluster.offer([24.0] * 10)
-
-    assert sizes[-1] == 30
-
-
-def test_a_peak_is_forgotten_once_it_is_older_than_a_period() -> None:
-    cluster = Cluster(running=32, config=PEAK)
-
-    cluster.offer([16.0] * 40 + [8.0] * (_HOUR + 100))
-
-    assert cluster.running == 10, "8 / 0.8: for an hour nothing has needed more"
-    assert cluster.state is not None
-    assert len(cluster.state.peaks) <= 26
-
-
-def test_what_a_clock_that_was_put_back_had_said_to_come_is_not_known() -> None:
-    cluster = Cluster(running=32, config=PEAK, now_s=10_000.0)
-    cluster.offer([16.0] * (_HOUR + 10))
-    cluster.now_s = 0.0
-
-    sizes = cluster.offer([16.0] * 10)
-
-    assert sizes[-1] == 32
+    assert decide(make_context(0, 0, None), config, None)[0].replicas == 6
+    assert decide(make_context(0, 9, 0.5, starting=2), config, None)[0].replicas == 11
 
 
 # Redundant slots.
 
 
 def test_copies_take_the_room_there_is_up_to_their_bound() -> None:
-    assert decide(_context(0, 8, 0.5), CONFIG, None)[0].redundant == 8 * 16 - 64
+    assert decide(make_context(0, 8, 0.5), CONFIG, None)[0].redundant == 8 * 16 - 64
     bounded = replace(CONFIG, max_redundant=32)
-    assert decide(_context(0, 8, 0.5), bounded, None)[0].redundant == 32
+    assert decide(make_context(0, 8, 0.5), bounded, None)[0].redundant == 32
 
 
 def test_quiet_hours_need_no_copies() -> None:
@@ -444,11 +180,11 @@ def test_quiet_hours_need_no_copies() -> None:
     cluster = Cluster(8, config)
     cluster.offer([0.2] * 61)
 
-    quiet, state = decide(_context(cluster.now_s, 8, 0.02), config, cluster.state)
+    quiet, state = decide(make_context(cluster.now_s, 8, 0.02), config, cluster.state)
     assert (quiet.replicas, quiet.redundant) == (8, 0)
 
     for at in range(1, 10):
-        busy, state = decide(_context(cluster.now_s + at * _EVERY_S, 8, 0.5), config, state)
+        busy, state = decide(make_context(cluster.now_s + at * EVERY_S, 8, 0.5), config, state)
     assert busy.redundant == 64
 
 
@@ -457,7 +193,7 @@ def test_copies_that_must_stay_stay_in_quiet_hours() -> None:
     cluster = Cluster(8, config)
     cluster.offer([0.2] * 200)
 
-    decision, _ = decide(_context(cluster.now_s, 5, 0.02), config, cluster.state)
+    decision, _ = decide(make_context(cluster.now_s, 5, 0.02), config, cluster.state)
 
     assert (decision.replicas, decision.redundant) == (5, 5)
 
@@ -494,7 +230,7 @@ def test_every_decision_keeps_every_bound(
             assert -2 <= size - before <= 5
         before = size
         assert cluster.state is not None
-        again = decide(_context(cluster.state.at_s, size, 0.0), config, cluster.state)
+        again = decide(make_context(cluster.state.at_s, size, 0.0), config, cluster.state)
         assert 0 <= again[0].redundant <= min(48, size * 16 - 64)
 
 

@@ -1,177 +1,18 @@
-"""Plans against the published greedy algorithm, and what every plan must hold."""
+"""What every plan must hold, and choices one by one."""
 
 from __future__ import annotations
 
-import gc
-import time
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.greedy import published
 from expertmesh.errors import ConfigError
 from expertmesh.model import LayerSpec, ModelSpec, Slot
 from expertmesh.placement import SlotMap
 from load_controller.planner import Placement, Plan, Server, plan_placement
-
-Floats = npt.NDArray[np.float64]
-
-#: The example in the README of DeepSeek's EPLB: 16 slots, 4 groups, 2 nodes, 8 GPUs.
-README = np.array(
-    [
-        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
-    ],
-    np.float64,
-)
-
-
-def _servers(count: int, nodes: int = 1) -> list[Server]:
-    return [Server(name=f"s{i:03d}", node=f"n{i * nodes // count}") for i in range(count)]
-
-
-def _zipf(layers: int, experts: int, exponent: float, seed: int) -> Floats:
-    rng = np.random.default_rng(seed)
-    popularity = 1e6 / np.arange(1, experts + 1) ** exponent
-    return np.stack([rng.permutation(popularity) for _ in range(layers)])
-
-
-def test_the_comparator_gives_the_published_figures() -> None:
-    hierarchical = [published(load, 16, 4, 2, 8) for load in README]
-    without_nodes = [published(load, 16, 1, 1, 8) for load in README]
-
-    assert hierarchical == pytest.approx([0.208, 0.242], abs=5e-4)
-    assert without_nodes == pytest.approx([0.073, 0.190], abs=5e-4)
-
-
-@pytest.mark.parametrize(("groups", "nodes"), [(4, 2), (None, 1)], ids=["hierarchical", "global"])
-def test_the_published_example_comes_out_at_least_as_even(groups: int | None, nodes: int) -> None:
-    plan = plan_placement(README, _servers(8, nodes), 4, groups=groups)
-
-    greedy = [published(load, 16, groups or 1, nodes, 8) for load in README]
-    assert (plan.violation_after <= np.array(greedy) + 1e-9).all()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One drawn planning task that the published algorithm can do, too."""
-
-    load: Floats
-    slots: int
-    groups: int
-    nodes: int
-    gpus: int
-
-
-def _drawn(rng: np.random.Generator) -> Case:
-    nodes = int(rng.choice([1, 2, 4]))
-    gpus = nodes * int(rng.choice([1, 2, 4, 8]))
-    groups = nodes * int(rng.choice([1, 2, 3, 4])) + int(
-        rng.random() < 0.2
-    )  # a fifth do not divide
-    experts = groups * int(rng.choice([2, 3, 4, 8]))
-    width = min(-(-experts // gpus) + int(rng.integers(0, 4)), experts // nodes)
-    if width * gpus < experts:
-        return _drawn(rng)
-    shape = rng.integers(3)
-    if shape == 0:
-        load = rng.integers(1, 200, experts).astype(np.float64)
-    elif shape == 1:
-        load = _zipf(1, experts, rng.uniform(0.3, 1.3), int(rng.integers(2**31)))[0]
-    else:
-        load = rng.lognormal(0, rng.uniform(0.3, 1.5), experts)
-    return Case(load, width * gpus, groups, nodes, gpus)
-
-
-def test_a_thousand_drawn_layers_come_out_at_least_as_even_as_the_published_algorithm() -> None:
-    rng = np.random.default_rng(20250225)
-    worse = []
-    for _ in range(1000):
-        case = _drawn(rng)
-        experts = len(case.load)
-
-        plan = plan_placement(
-            case.load[None],
-            _servers(case.gpus, case.nodes),
-            case.slots - experts,
-            groups=case.groups,
-        )
-
-        greedy = published(case.load, case.slots, case.groups, case.nodes, case.gpus)
-        if plan.violation_after[0] > greedy + 1e-9:
-            worse.append((case, plan.violation_after[0], greedy))
-    assert worse == []
-
-
-_TIMED = 5
-_YARD_S = 0.092  # the least that the yardstick took on an EPYC without AVX-512, in three runs
-
-
-def _yardstick_s() -> float:
-    """Processor time of fixed work like a planner's: hosts slow down by half from second to second,
-    and it with them."""
-    values = np.random.default_rng(0).random((58 * 32, 256))
-    started = time.process_time()
-    for _ in range(10):
-        np.sort(values, axis=1)
-        np.argsort(-values[:256], axis=1, kind="stable")
-        values.sum(1)
-    sum(n * n for n in range(300_000))
-    return time.process_time() - started
-
-
-@pytest.mark.parametrize(
-    ("layers", "servers", "redundant", "bound_s"), [(58, 32, 32, 0.5), (61, 320, 64, 3.0)]
-)
-def test_a_whole_model_is_planned_within_its_time(
-    layers: int, servers: int, redundant: int, bound_s: float
-) -> None:
-    """The least processor time of a few runs: what others do on the machine adds to it, through the
-    caches they share. benchmarks/bench_planner.py has the time on the clock."""
-    load = _zipf(layers, 256, 1.0, seed=1)
-    drift = load * np.random.default_rng(2).lognormal(0, 0.2, load.shape)
-
-    # A full collection walks what every other test has left: with half a million objects 0.24 s.
-    gc.collect()
-    gc.freeze()
-    try:
-        first_s, again_s = [], []
-        for _ in range(_TIMED):
-            slowness = _yardstick_s() / _YARD_S
-            started = time.process_time()
-            plan = plan_placement(load, _servers(servers), redundant)
-            planned = time.process_time()
-            plan_placement(drift, _servers(servers), redundant, plan.placement)
-            first_s.append((planned - started) / slowness)
-            again_s.append((time.process_time() - planned) / slowness)
-    finally:
-        gc.unfreeze()
-
-    assert min(first_s) <= bound_s
-    assert min(again_s) <= bound_s
-
-
-@pytest.mark.parametrize("exponent", [0.7, 1.0, 1.2])
-def test_a_zipf_load_on_32_servers_comes_down_to_an_even_one(exponent: float) -> None:
-    """The planner's half of "1.56 before, 0.11 after" (TensorRT-LLM, blog 4, table 1)."""
-    load = _zipf(4, 256, exponent, seed=3)
-    blocks = np.kron(np.eye(32, dtype=np.bool_), np.ones((1, 8), np.bool_))
-    servers = _servers(32)
-    current = Placement(tuple(s.name for s in servers), np.stack([blocks] * 4))
-    before = current.even_loads(load)
-    assert (before.max(1) / before.mean(1) - 1 >= 1.5).all()
-
-    plan = plan_placement(load, servers, 32, current)
-
-    even = plan.placement.even_loads(load)
-    assert (plan.violation_after <= 0.12).all()
-    assert (even.max(1) / even.mean(1) - 1 <= 0.12).all()  # also by a router without weights
-
+from tests.plans import README, Floats, alike_servers, zipf
 
 # What every plan must hold, on drawn clusters.
 
@@ -270,8 +111,8 @@ def test_planning_again_with_the_same_load_moves_nothing(
 
 
 def test_a_small_drift_moves_far_fewer_slots_than_a_plan_from_nothing() -> None:
-    load = _zipf(3, 64, 1.0, seed=5)
-    servers = _servers(8)
+    load = zipf(3, 64, 1.0, seed=5)
+    servers = alike_servers(8)
     plan = plan_placement(load, servers, 8)
     drift = load * np.random.default_rng(6).lognormal(0, 0.2, load.shape)
 
@@ -283,8 +124,8 @@ def test_a_small_drift_moves_far_fewer_slots_than_a_plan_from_nothing() -> None:
 
 
 def test_a_dearer_move_leaves_the_placement_alone() -> None:
-    load = _zipf(2, 32, 0.8, seed=7)
-    servers = _servers(4)
+    load = zipf(2, 32, 0.8, seed=7)
+    servers = alike_servers(4)
     plan = plan_placement(load, servers, 0)
     drift = load * np.random.default_rng(8).lognormal(0, 0.4, load.shape)
 
@@ -296,8 +137,8 @@ def test_a_dearer_move_leaves_the_placement_alone() -> None:
 
 
 def test_a_layer_without_load_keeps_the_placement_it_has() -> None:
-    servers = _servers(4)
-    plan = plan_placement(_zipf(1, 16, 1.2, seed=1), servers, 4)
+    servers = alike_servers(4)
+    plan = plan_placement(zipf(1, 16, 1.2, seed=1), servers, 4)
 
     later = plan_placement(np.zeros((1, 16)), servers, 4, plan.placement)
 
@@ -306,7 +147,7 @@ def test_a_layer_without_load_keeps_the_placement_it_has() -> None:
 
 
 def test_experts_of_a_server_that_is_gone_are_loaded_elsewhere() -> None:
-    load = _zipf(2, 16, 0.8, seed=2)
+    load = zipf(2, 16, 0.8, seed=2)
     servers = [Server(name=f"s{i}", capacity=6) for i in range(4)]
     plan = plan_placement(load, servers, 2)
 
@@ -317,7 +158,7 @@ def test_experts_of_a_server_that_is_gone_are_loaded_elsewhere() -> None:
 
 
 def test_redundant_copies_go_when_the_budget_does() -> None:
-    load = _zipf(2, 16, 0.8, seed=2)
+    load = zipf(2, 16, 0.8, seed=2)
     servers = [Server(name=f"s{i}", capacity=6) for i in range(4)]
     plan = plan_placement(load, servers, 8)
 
@@ -342,7 +183,7 @@ def test_a_faster_server_gets_more_of_the_rows() -> None:
 
 
 def test_a_plan_for_even_division_expects_what_even_division_brings() -> None:
-    plan = plan_placement(README, _servers(8), 4, weighted=False)
+    plan = plan_placement(README, alike_servers(8), 4, weighted=False)
 
     holds = plan.placement.holds
     assert plan.weights == pytest.approx(holds / holds.sum(1, keepdims=True))
@@ -351,7 +192,7 @@ def test_a_plan_for_even_division_expects_what_even_division_brings() -> None:
 
 
 def test_copies_stay_on_the_node_of_their_group_where_groups_divide() -> None:
-    plan = plan_placement(_zipf(3, 32, 1.0, seed=9), _servers(8, nodes=2), 8, groups=4)
+    plan = plan_placement(zipf(3, 32, 1.0, seed=9), alike_servers(8, nodes=2), 8, groups=4)
 
     by_node = plan.placement.holds.reshape(3, 2, 4, 4, 8).any((2, 4))  # layer, node, group
     assert (by_node.sum(1) == 1).all()
@@ -359,12 +200,12 @@ def test_copies_stay_on_the_node_of_their_group_where_groups_divide() -> None:
 
 
 def test_nodes_do_not_matter_where_groups_do_not_divide_among_them() -> None:
-    load = _zipf(1, 30, 1.0, seed=9)
+    load = zipf(1, 30, 1.0, seed=9)
 
-    with_nodes = plan_placement(load, _servers(6, nodes=2), 6, groups=3)
+    with_nodes = plan_placement(load, alike_servers(6, nodes=2), 6, groups=3)
 
     assert (
-        with_nodes.placement.holds == plan_placement(load, _servers(6), 6).placement.holds
+        with_nodes.placement.holds == plan_placement(load, alike_servers(6), 6).placement.holds
     ).all()
 
 
@@ -384,16 +225,16 @@ def test_the_routed_part_of_a_slot_map_is_a_placement() -> None:
 @pytest.mark.parametrize(
     ("load", "servers", "redundant", "message"),
     [
-        ([1.0, 2.0], _servers(1), 0, "expected \\[layers, experts\\]"),
-        ([[1.0, -2.0]], _servers(1), 0, "negative or non-finite"),
-        ([[1.0, float("nan")]], _servers(1), 0, "negative or non-finite"),
+        ([1.0, 2.0], alike_servers(1), 0, "expected \\[layers, experts\\]"),
+        ([[1.0, -2.0]], alike_servers(1), 0, "negative or non-finite"),
+        ([[1.0, float("nan")]], alike_servers(1), 0, "negative or non-finite"),
         ([[1.0, 2.0]], [], 0, "no servers"),
         ([[1.0, 2.0]], [Server(name="a"), Server(name="a")], 0, "same name"),
         ([[1.0, 2.0]], [Server(name="a", rate=0.0)], 0, "rate 0.0"),
         ([[1.0, 2.0]], [Server(name="a", capacity=-1)], 0, "capacity -1"),
-        ([[1.0, 2.0]], _servers(1), -1, "redundant is -1"),
+        ([[1.0, 2.0]], alike_servers(1), -1, "redundant is -1"),
         ([[1.0, 2.0]], [Server(name="a", capacity=1)], 0, "do not fit the 1 slots"),
-        ([[1.0, 2.0]], _servers(1), 1, "do not fit the 2 slots"),
+        ([[1.0, 2.0]], alike_servers(1), 1, "do not fit the 2 slots"),
     ],
 )
 def test_a_task_that_cannot_be_planned_is_refused(
