@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+#: Loaded by itself: with its package come Ray and torch, in seconds, and no signal waits for them.
+_MODULE = Path(__file__).parents[2] / "fleet" / "cli"
 
 _SWALLOWED = """
 import os, signal
-from fleet.cli.interrupts import Interrupts
+from interrupts import Interrupts
 
 class Library:
     def __del__(self):
@@ -30,9 +35,16 @@ print("ended", flush=True)
 
 
 def _run(name: str) -> subprocess.CompletedProcess[str]:
-    script = _SWALLOWED.format(name=name)
+    return _python(_SWALLOWED.format(name=name))
+
+
+def _python(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(_MODULE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -48,7 +60,7 @@ def test_a_signal_that_python_swallows_in_a_destructor_is_raised_by_the_next_che
 _HUNG_UP = """
 import os, signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` leaves it
-from fleet.cli.interrupts import Interrupts
+from interrupts import Interrupts
 
 interrupts = Interrupts()
 os.kill(os.getpid(), signal.SIGHUP)
@@ -58,9 +70,7 @@ print("goes on", flush=True)
 
 
 def test_a_command_under_nohup_goes_on_when_its_terminal_is_closed() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", _HUNG_UP], capture_output=True, text=True, timeout=60
-    )
+    ran = _python(_HUNG_UP)
 
     assert (ran.returncode, ran.stdout) == (0, "goes on\n"), ran.stderr
 
