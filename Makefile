@@ -15,10 +15,15 @@ PYTHON = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$python && break; done)
 
-.PHONY: test demo lint proto bench mutants check-sm90 clean
+.PHONY: test test-fast demo lint proto bench mutants check-sm90 clean
 
 test: lint .proto-venv/installed
 	@$(BIN)/python -m pytest
+
+# While one works: what decides, what is written on the wire, and one request from end to end.
+test-fast: lint
+	@$(BIN)/python -m pytest -m "not slow and not ray" tests/unit tests/repo \
+		tests/integration/test_cluster.py
 
 demo: .venv/installed
 	@$(BIN)/expertmesh demo

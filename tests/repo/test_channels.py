@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("expertmesh", "router_service", "expert_service", "load_controller", "fleet", "examples")
 OPENS = {"insecure_channel", "secure_channel", "intercept_channel"}
@@ -32,6 +34,7 @@ def _imported(node: ast.AST) -> list[str]:
     return []
 
 
+@pytest.mark.slow
 def test_channels_are_opened_in_one_place() -> None:
     openers = {
         file
@@ -43,6 +46,7 @@ def test_channels_are_opened_in_one_place() -> None:
     assert openers == {PLACE}
 
 
+@pytest.mark.slow
 def test_nobody_imports_a_client_that_follows_the_proxies_of_the_environment() -> None:
     users = {
         (file, name)

@@ -36,6 +36,7 @@ def _blocks(page: str, heading: str) -> list[Block]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_quick_start_runs_and_prints_what_it_says(readme: str, root: Path) -> None:
     blocks = _blocks(readme, "quick start")
     programs = [block.text for block in blocks if block.language == "python"]

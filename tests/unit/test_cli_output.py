@@ -58,6 +58,7 @@ def _python(script: str, **environment: str) -> subprocess.CompletedProcess[byte
     ],
     ids=["ascii", "locale", "latin-1, as on a terminal"],
 )
+@pytest.mark.slow
 def test_what_a_terminal_has_no_code_for_ends_no_command(environment: dict[str, str]) -> None:
     ran = _python(_SHOWN, **environment)
 
@@ -67,6 +68,7 @@ def test_what_a_terminal_has_no_code_for_ends_no_command(environment: dict[str, 
     assert b"Traceback" not in ran.stderr
 
 
+@pytest.mark.slow
 def test_bars_are_shown_where_they_can_be() -> None:
     ran = _python(_SHOWN, PYTHONIOENCODING="utf-8")
 
@@ -98,6 +100,7 @@ def test_a_terminal_without_width_gets_a_report(width: int) -> None:
     assert "| ▄█|" in demo_report.render(_result(), width)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_ends_no_command_and_is_not_complained_of() -> None:
     """`expertmesh status | head -1`."""
     with subprocess.Popen(
@@ -112,6 +115,7 @@ def test_a_reader_that_has_gone_ends_no_command_and_is_not_complained_of() -> No
     assert (writer.returncode, said) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_command_without_standard_output_does_its_work() -> None:
     command = f"exec {sys.executable} -c 'from fleet.cli.output import *; prepare_output(); " \
               "emit(\"a\")' >&-"  # fmt: skip

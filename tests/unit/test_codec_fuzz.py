@@ -245,6 +245,7 @@ def test_hand_decoding_refuses_or_agrees_with_generated_code(buffer) -> None:
     assert message.want_detail == generated.want_detail
 
 
+@pytest.mark.slow
 def test_decoding_allocates_no_more_than_a_few_times_what_arrived() -> None:
     """Python objects are traced; tensors are bounded by `hidden.total <= LIMIT` above."""
     generator = random.Random(0)

@@ -42,6 +42,7 @@ def _run(script: str, *arguments: str, **variables: str) -> str:
     return ran.stdout.strip()
 
 
+@pytest.mark.slow
 def test_memory_that_a_message_freed_is_not_faulted_in_again_for_the_next() -> None:
     pages = 50 * 8 * (1 << 20) // os.sysconf("SC_PAGE_SIZE")
 
@@ -52,5 +53,6 @@ def test_memory_that_a_message_freed_is_not_faulted_in_again_for_the_next() -> N
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
+@pytest.mark.slow
 def test_who_sets_the_c_library_up_decides(name: str) -> None:
     assert _run(_SET, **{name: "131072"}) == "False"

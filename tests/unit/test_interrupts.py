@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 #: Loaded by itself: with its package come Ray and torch, in seconds, and no signal waits for them.
 _MODULE = Path(__file__).parents[2] / "fleet" / "cli"
 
@@ -95,6 +97,7 @@ raise SystemExit(main(["serve", "checkpoint"]))
 """
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_with_ready_ends_the_cluster_as_any_later_one_does() -> None:
     ran = subprocess.run([sys.executable, "-c", _SERVE], capture_output=True, text=True, timeout=60)
 

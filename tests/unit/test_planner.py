@@ -57,6 +57,7 @@ def _check(plan: Plan, servers: list[Server], experts: int, redundant: int) -> N
 
 @settings(max_examples=150, deadline=None)
 @given(_tasks())
+@pytest.mark.slow
 def test_every_expert_has_a_slot_and_no_capacity_or_budget_is_exceeded(
     task: tuple[Floats, list[Server], int, int | None],
 ) -> None:
@@ -71,6 +72,7 @@ def test_every_expert_has_a_slot_and_no_capacity_or_budget_is_exceeded(
 
 @settings(max_examples=100, deadline=None)
 @given(_tasks(), st.integers(0, 2**31))
+@pytest.mark.slow
 def test_moves_lead_from_any_current_placement_to_the_plan(
     task: tuple[Floats, list[Server], int, int | None], seed: int
 ) -> None:
@@ -92,6 +94,7 @@ def test_moves_lead_from_any_current_placement_to_the_plan(
 
 @settings(max_examples=150, deadline=None)
 @given(_tasks(), st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.01]), st.booleans())
+@pytest.mark.slow
 def test_planning_again_with_the_same_load_moves_nothing(
     task: tuple[Floats, list[Server], int, int | None], cost: float, gain: float, drifted: bool
 ) -> None:

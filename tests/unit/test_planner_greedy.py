@@ -59,6 +59,7 @@ def _drawn(rng: np.random.Generator) -> Case:
     return Case(load, width * gpus, groups, nodes, gpus)
 
 
+@pytest.mark.slow
 def test_a_thousand_drawn_layers_come_out_at_least_as_even_as_the_published_algorithm() -> None:
     rng = np.random.default_rng(20250225)
     worse = []

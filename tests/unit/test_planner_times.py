@@ -31,6 +31,7 @@ def _yardstick_s() -> float:
 @pytest.mark.parametrize(
     ("layers", "servers", "redundant", "bound_s"), [(58, 32, 32, 0.5), (61, 320, 64, 3.0)]
 )
+@pytest.mark.slow
 def test_a_whole_model_is_planned_within_its_time(
     layers: int, servers: int, redundant: int, bound_s: float
 ) -> None:

@@ -259,6 +259,7 @@ _LOAD_A_SHARD = """
     [(12, 2048, 1408), (2000, 128, 128)],
     ids=["large experts", "many small experts"],
 )
+@pytest.mark.slow
 def test_loading_peaks_at_1_3_times_the_shard(experts: int, hidden: int, width: int) -> None:
     command = [sys.executable, "-c", textwrap.dedent(_LOAD_A_SHARD)]
 

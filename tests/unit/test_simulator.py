@@ -223,6 +223,7 @@ def test_a_delay_that_no_number_reaches_is_refused() -> None:
         smallest_static(_steady([5000.0] * 10), SPEC, Control(servers=5), 1e-4, 5)
 
 
+@pytest.mark.slow
 def test_a_short_day_takes_37_5_percent_fewer_server_hours_than_a_fixed_number() -> None:
     """The shortened form of benchmarks/bench_autoscale.py (EaaS claims 37.5 %)."""
     trace = make_trace("day:hours=8,bursts=8,experts=64,exponent=0.6,layers=1,peak=5e5,step_s=20")

@@ -186,6 +186,7 @@ def test_what_cannot_be_stored_did_not_happen_and_happens_afterwards(
     store.close()
 
 
+@pytest.mark.slow
 def test_every_fault_keeps_most_of_what_is_stored_from_being_stored(tmp_path: Path) -> None:
     fired = dict.fromkeys(FAULTS, 0)
     for name, fault in FAULTS.items():
