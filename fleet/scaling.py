@@ -1,4 +1,4 @@
-"""From what there is and what there should be to the next steps. Pure.
+"""Which servers to start, drain or end next, from those there are and the number wanted. Pure.
 
 Nothing is remembered from one look to the next: what an earlier supervisor had begun is seen in the
 actors that Ray has and in what servers say of themselves, and gone on with.

@@ -2,8 +2,8 @@
 
 Servers say what they hold. Copies that are arriving (being loaded) or leaving (about to be dropped)
 are hidden from routers, so that all of a step's changes are seen as one placement. Both are
-written down before anything is done: a controller that is killed in mid-step takes up with copies
-that are all to go, whichever they were, and with the placement it had published.
+written down before anything is done: a controller that was killed in mid-step begins again with the
+placement that it had published, and has all hidden copies dropped, the arriving ones as well.
 """
 
 from __future__ import annotations

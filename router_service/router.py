@@ -131,7 +131,7 @@ class Router:
         result = await self._fanout.run(batch, layer.index, snapshot, deadline)
         lent = requests[0].room if len(requests) == 1 else None
         room = None if lent is None else lent.like(batch.hidden)
-        if room is None:  # the batch's are the only hands that the partial sums are in
+        if room is None:  # nobody else uses the partial sums: one of them may take the result
             room = dispatch.reusable(batch.hidden, result.contributions)
         hidden = await self._math(
             rows, dispatch.combine, batch.hidden, result.contributions, room, self._sum

@@ -1,1 +1,1 @@
-"""Kernels for a router on a GPU."""
+"""Kernels of the router's own for CPUs: its gate, and the sum of the partial sums."""
