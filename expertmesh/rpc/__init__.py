@@ -1,0 +1,1 @@
+"""How clients and services talk: addresses, channels, servers, streams, deadlines, errors."""
