@@ -31,8 +31,8 @@ class Backend(Protocol):
         """Whether calls may come from several threads, one at a time."""
         ...
 
-    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
-        """What an expert of so many weights, given in `dtype`, takes of the host's memory.
+    def host_footprint(self, weights: int, dtype: torch.dtype) -> int:
+        """Bytes of the host's memory that an expert of so many weights, given in `dtype`, takes.
 
         0 where it is held on a device with memory of its own.
         """

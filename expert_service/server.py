@@ -249,7 +249,7 @@ class ExpertServer:
         layer = self._checkpoint.spec.layer(slot.layer)
         assert layer is not None  # the shard has checked the slot
         weights = 3 * layer.width(slot.expert) * self._checkpoint.spec.hidden_size
-        return self._backend.host_bytes(weights, self._dtype)
+        return self._backend.host_footprint(weights, self._dtype)
 
     def _read_expert(self, slot: Slot, pause: Pause = no_pause) -> ExpertWeights | Fp8ExpertWeights:
         if self._backend.takes_fp8 and self._checkpoint.is_fp8(slot):

@@ -50,7 +50,7 @@ def wait_loaded(
         if progress is not None and done:
             progress(router_pb2.GetStatusResponse(servers=seen.values()))
         loaded = sum(server.loaded_bytes for server in seen.values())
-        if patience.is_over((len(seen), loaded)):
+        if patience.is_over((len(seen), loaded), time.monotonic()):
             absent = ", ".join(sorted(servers.keys() - seen.keys())) or "weights"
             raise ConfigError(
                 f"nothing has moved for {patience_s:.0f} s while waiting for {absent}: CPUs, GPUs, "

@@ -22,19 +22,18 @@ Progress = Callable[[router_pb2.GetStatusResponse], None]
 
 
 class Patience:
-    """How long to wait for something to move."""
+    """How long to look at something that does not change. No clock of its own."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._last: object = None
-        self._moved_at = time.monotonic()
+        self._seconds = seconds
+        self._last: object = object()  # equal to nothing that is seen
+        self._changed_at = 0.0
 
-    def is_over(self, seen: object) -> bool:
-        """Whether what is seen, now and in all looks for so long, is the same."""
-        now = time.monotonic()
+    def is_over(self, seen: object, now: float) -> bool:
+        """Whether every look for longer than that has seen the same as this one."""
         if seen != self._last:
-            self._last, self._moved_at = seen, now
-        return now - self._moved_at > self.seconds
+            self._last, self._changed_at = seen, now
+        return now - self._changed_at > self._seconds
 
 
 def has_ended(ref: Any) -> bool:
@@ -94,7 +93,7 @@ def wait_ready(
         seen = (len(started), [] if status is None else [
             (server.state, server.loaded_bytes, server.connected) for server in status.servers
         ])  # fmt: skip
-        if patience.is_over(seen):
+        if patience.is_over(seen, time.monotonic()):
             absent = sorted(servers.keys() - started)
             raise ConfigError(_stalled(absent, status, patience_s))
         time.sleep(_POLL_S)

@@ -13,9 +13,8 @@ import torch
 
 import expertmesh
 from expertmesh.config import ExpertConfig, RpcConfig
-from expertmesh.rpc import loop, session
+from expertmesh.rpc import session
 from expertmesh.v1 import control_pb2_grpc, expert_pb2, expert_pb2_grpc, router_pb2_grpc
-from router_service.server import RouterServer, open_model
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh
 from tests.rows import CLOSE, rows
@@ -51,23 +50,9 @@ def mesh(
     path: Path = tmp_path_factory.mktemp("checkpoint")
     model = make_checkpoint("deepseek_v3", path)
     quick = ExpertConfig(max_queue=1, announce_every_s=0.05)
-    with local_mesh(path, routers=0, backend="reference", config=quick) as cluster:
+    with local_mesh(path, router_rpc=LIMITS, backend="reference", config=quick) as cluster:
         cluster.model = model
-        cluster.routers.append(loop.run(_start_router(cluster)))
-        cluster.wait()
         yield cluster
-
-
-async def _start_router(mesh: LocalMesh) -> RouterServer:
-    router = RouterServer(
-        open_model(mesh.path),
-        router_id="router",
-        controller=mesh.controller.address,
-        host="127.0.0.1",
-        rpc=LIMITS,
-    )
-    await router.start()
-    return router
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,11 @@ class LocalMesh:
         return server
 
     def is_complete(self) -> bool:
-        """Whether every router can ask each of the first servers: of two replicas one is enough to
-        be ready, and a test that takes that one away must not be overtaken by the other's news."""
+        """Whether every router can ask each of the servers that the cluster began with.
+
+        A router is ready with one of two replicas. A test that takes that one away would be undone
+        by the news that the other is ready, which says the state of both.
+        """
         names = {server._placing.server_id for server in self.servers}
         return all(
             names
@@ -80,8 +83,9 @@ class LocalMesh:
 
     def wait(self, condition: str = "ready", timeout_s: float = 20.0) -> None:
         """Until every router can ask for every expert."""
-        with expertmesh.connect(self.address) as mesh:
-            wait_until(lambda: mesh.status().ready, timeout_s, condition)
+        for router in self.routers:
+            with expertmesh.connect(router.address) as client:
+                wait_until(lambda client=client: client.status().ready, timeout_s, condition)
 
 
 def wait_until(condition, timeout_s: float, what: str) -> None:  # type: ignore[no-untyped-def]
@@ -217,9 +221,7 @@ def local_mesh(
             )
         )
         try:
-            for router in mesh.routers:
-                with expertmesh.connect(router.address) as client:
-                    wait_until(lambda client=client: client.status().ready, 20.0, "ready")
+            mesh.wait()
             wait_until(mesh.is_complete, 20.0, "ready, with every server")
             yield mesh
         finally:

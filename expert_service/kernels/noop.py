@@ -36,7 +36,7 @@ class NoopBackend:
         """See Backend."""
         return "noop/cpu"
 
-    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+    def host_footprint(self, weights: int, dtype: torch.dtype) -> int:
         """See Backend: nothing is kept."""
         return 0
 

@@ -34,7 +34,7 @@ class ReferenceBackend:
     def __init__(self) -> None:
         self._experts: dict[Slot, ExpertWeights] = {}
 
-    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+    def host_footprint(self, weights: int, dtype: torch.dtype) -> int:
         """See Backend: tensors are kept as they are."""
         return weights * dtype.itemsize
 

@@ -23,8 +23,8 @@ class CreditGate:
 
     def __init__(self, send: _Send) -> None:
         self._send = send
-        self._frames: float = _INITIAL_FRAMES
-        self._bytes: float = _INITIAL_BYTES
+        self._frames = _INITIAL_FRAMES
+        self._bytes = _INITIAL_BYTES
         self._sent: dict[int, int] = {}  # bytes by frame
         self._sent_bytes = 0
         self._waiting: deque[tuple[int, int, Iterator[Message]]] = deque()

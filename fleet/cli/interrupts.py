@@ -34,9 +34,10 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def hold(self) -> None:
-        """From now on no signal raises: `wait` returns for it."""
+        """From now on no signal raises: `wait` returns for it, also for one that comes before."""
         self._raising = False
 
     def wait(self) -> None:
-        """Returns once a signal comes, or has come. Call `hold` first."""
+        """Returns once a signal comes, or has come; none raises any more."""
+        self.hold()
         self._seen.wait()

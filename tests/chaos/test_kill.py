@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 IN_FLIGHT = 64
 QUIET, AFTER = 1000, 2000  # answers before and after the kill
 OVERTAKEN = 4 * IN_FLIGHT  # answers that may come before one's own, with a replica
-PAUSE_SHARE = 1 / 8  # of the time of a restart, which slows with the machine, too: no answer at all
+PAUSE_SHARE = 1 / 12  # of a restart, which a slow machine slows, too: so long no answer at all
 BACK_S = 30.0  # when answers must be right again, without one
 
 
@@ -65,7 +65,7 @@ def test_with_two_replicas_every_request_is_answered_right_and_in_time(
     with Load(two_replicas.address, checkpoint[1], IN_FLIGHT, rows=4, timeout=20.0) as load:
         load.wait_right(QUIET, 120.0)
         killed_at, victim = _kill(two_replicas)
-        wait_until(lambda: _is_back(two_replicas, victim), 120.0, "the killed server back")
+        wait_until(lambda: _is_back(two_replicas, victim), BACK_S, "the killed server back")
         back_s = time.monotonic() - killed_at
         load.wait_right(AFTER, 120.0)
     after = _status(two_replicas)

@@ -11,9 +11,9 @@ import expertmesh
 from expertmesh.config import RpcConfig
 from expertmesh.rpc import loop
 from expertmesh.v1 import router_pb2_grpc
-from router_service.server import RouterServer, open_model
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh, wait_until
+from tests.rows import rows
 from tests.wire import (
     RawStream,
     admission,
@@ -24,7 +24,7 @@ from tests.wire import (
     wait_until_idle,
 )
 
-H, MOE = 64, 1
+MOE = 1
 SMALL = RpcConfig(host="127.0.0.1", drain_s=1.0, max_inflight_frames=6)
 
 
@@ -32,26 +32,8 @@ SMALL = RpcConfig(host="127.0.0.1", drain_s=1.0, max_inflight_frames=6)
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     path = tmp_path_factory.mktemp("checkpoint")
     make_checkpoint("deepseek_v3", path)
-    with local_mesh(path, routers=0, backend="reference") as cluster:
-        cluster.routers.append(loop.run(_start_router(cluster)))
-        cluster.wait()
+    with local_mesh(path, router_rpc=SMALL, backend="reference") as cluster:
         yield cluster
-
-
-async def _start_router(mesh: LocalMesh) -> RouterServer:
-    router = RouterServer(
-        open_model(mesh.path),
-        router_id="router",
-        controller=mesh.controller.address,
-        host="127.0.0.1",
-        rpc=SMALL,
-    )
-    await router.start()
-    return router
-
-
-def rows(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, H, generator=torch.Generator().manual_seed(seed))
 
 
 def test_a_client_that_keeps_to_its_credit_is_never_told_that_the_queue_is_full(mesh) -> None:

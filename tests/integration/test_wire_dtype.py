@@ -26,9 +26,10 @@ from expertmesh.rpc.deadline import Deadline
 from expertmesh.rpc.stream import FrameStream
 from tests.checkpoints import make_checkpoint
 from tests.mesh import LocalMesh, local_mesh, wait_until
+from tests.rows import H, rows
 from tests.wire import admission, devices_held, wait_until_idle
 
-H, E, K = 64, 16, 4
+E, K = 16, 4
 MOE = 1
 #: Relative error of an answer, whole: of one narrow hop, request and answer.
 WITHIN = {"bfloat16": 6e-3, "float8_e4m3fn": 0.06}
@@ -54,10 +55,6 @@ def narrow_shards(request: pytest.FixtureRequest, mesh: LocalMesh) -> Iterator[L
     config = RouterConfig(wire_dtype=request.param)
     with local_mesh(mesh.path, backend="reference", router_config=config) as cluster:
         yield cluster
-
-
-def rows(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, H, generator=torch.Generator().manual_seed(seed))
 
 
 def outlier_heavy(count: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expert_service.kernels.cpu import onednn_cpu
+from expert_service.kernels.cpu import onednn_cpu, onednn_formats
 from expert_service.kernels.cpu.onednn import OneDnnBackend
 from expert_service.kernels.cpu.onednn_cpu import FallbackWarning
 from expert_service.kernels.reference import ReferenceBackend
@@ -64,10 +64,13 @@ def test_experts_take_the_memory_of_what_is_computed_in(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", _no)
     with pytest.warns(FallbackWarning, match="float32 is used"):
         fallen_back = OneDnnBackend(SPEC, torch.bfloat16, threads=1)
+    monkeypatch.setattr(onednn_formats, "can_int8", lambda instead: True)
+    in_int8 = OneDnnBackend(SPEC, torch.float32, threads=1, weights="int8")
 
-    assert in_float32.host_bytes(100, torch.float32) == 400
-    assert fallen_back.host_bytes(100, torch.bfloat16) == 400
-    assert ReferenceBackend().host_bytes(100, torch.bfloat16) == 200
+    assert in_float32.host_footprint(100, torch.float32) == 400
+    assert fallen_back.host_footprint(100, torch.bfloat16) == 400
+    assert in_int8.host_footprint(100, torch.float32) == 100
+    assert ReferenceBackend().host_footprint(100, torch.bfloat16) == 200
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

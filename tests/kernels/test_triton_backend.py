@@ -327,6 +327,12 @@ def test_slots_that_nobody_planned_find_room_before_and_after_loading(slots: lis
     assert_close(backend.compute(*call), reference.compute(*call), torch.float32)
 
 
+def test_experts_take_memory_of_the_host_where_the_device_is_the_host() -> None:
+    on_host = not torch.cuda.is_available()
+
+    assert _backend(torch.float16).host_footprint(100, torch.float16) == (200 if on_host else 0)
+
+
 class SmallDevice(InterpreterDevice):
     """One that has only so much memory free."""
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-#: Loaded by itself: with its package come Ray and torch, in seconds, and no signal waits for them.
-_MODULE = Path(__file__).parents[2] / "fleet" / "cli"
+#: From here `interrupts` is imported without its package, which imports Ray and torch for seconds.
+_FOLDER = Path(__file__).parents[2] / "fleet" / "cli"
 
 _SWALLOWED = """
 import os, signal
@@ -43,7 +43,7 @@ def _run(name: str) -> subprocess.CompletedProcess[str]:
 def _python(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": str(_MODULE)},
+        env={**os.environ, "PYTHONPATH": str(_FOLDER)},
         capture_output=True,
         text=True,
         timeout=60,

@@ -21,13 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from expert_service.kernels.cpu.avx512 import (
-    Kernels,
-    Pairs,
-    Rows,
-    compile_kernels,
-    is_packed_at,
-)
+from expert_service.kernels.cpu.avx512 import Kernels, Pairs, Rows, compile_kernels, is_packed_at
 from expert_service.kernels.cpu.block_product import BlockProduct
 from expert_service.kernels.cpu.crew import Crew
 from expert_service.kernels.cpu.grouping import Block, BlockSizes, group_by_expert

@@ -100,7 +100,7 @@ class OneDnnBackend:
         self._warm_sizes = [size for size in _WARM_SIZES if size >= smallest]
         self._sizes = BlockSizes(lambda rows: block_rows(rows, smallest), _MAX_BLOCK)
 
-    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
+    def host_footprint(self, weights: int, dtype: torch.dtype) -> int:
         """See Backend: by what is computed in, whatever the weights come in."""
         return weights * self._format.dtype.itemsize
 

@@ -74,9 +74,9 @@ class TritonBackend:
         self._pipeline = Pipeline(device, spec.hidden_size, dtype, self._usual_k)
         self._ready = False
 
-    def host_bytes(self, weights: int, dtype: torch.dtype) -> int:
-        """See Backend."""
-        return 0
+    def host_footprint(self, weights: int, dtype: torch.dtype) -> int:
+        """See Backend: 0 but under the interpreter, whose device is the host."""
+        return 0 if self._device.torch_device.type == "cuda" else weights * dtype.itemsize
 
     def prepare(
         self, weights: ExpertWeights | Fp8ExpertWeights, pause: Callable[[], None]
